@@ -1,0 +1,162 @@
+"""Stage one: run the model once over the corpus; write activations and gradients, shard by shard.
+
+`plan_cache` (pipeline.cache_plan) decides everything beforehand; `run_cache` maps one idempotent
+function over the missing shards. The mapper is an argument: `map` in this process, `client.map` on
+dask. A task is a few paths and integers; the worker that runs it loads the model once and keeps it.
+"""
+
+import functools
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from pipeline.cache_plan import CachePlan, CaptureSettings
+from pipeline.capture import capture
+from pipeline.corpus import Corpus, open_corpus
+from pipeline.model import LanguageModel, load_model
+from store.layout import ShardSpec
+from store.manifest import Manifest, StoreSpec
+from store.writer import (
+    ShardRows,
+    check_room,
+    committed_shards,
+    lock_work,
+    prepare_work,
+    publish,
+    sweep,
+    write_shard,
+)
+
+Mapper = Callable[[Callable[[ShardSpec], int], Iterable[ShardSpec]], Iterable[int]]
+
+
+def run_cache(
+    plan: CachePlan,
+    mapper: Mapper = map,
+    *,
+    provenance: dict,
+    overwrite: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> Manifest:
+    """Compute the missing shards and publish the store; a finished store of equal fingerprint is
+    adopted.
+
+    Holds the work folder's lock throughout: StoreLocked names whoever else does. Killed at any
+    moment, a second call computes only the shards that were not committed.
+    """
+    work = plan.settings.work
+    with lock_work(work):
+        prepare_work(work, plan.spec)
+        sweep(work)
+        committed = committed_shards(work, plan.spec)
+        missing = [shard for shard in plan.spec.layout.shards if shard.index not in committed]
+        if missing:
+            check_room(work, plan.needed_bytes)
+        compute = functools.partial(compute_shard, plan.settings, plan.spec)
+        for n_rows in mapper(compute, missing):
+            if on_progress:
+                on_progress(n_rows)
+        return publish(work, plan.spec, plan.out, provenance=provenance, overwrite=overwrite)
+
+
+def compute_shard(settings: CaptureSettings, spec: StoreSpec, shard: ShardSpec) -> int:
+    """Capture one shard's blocks and commit them; returns its number of rows. Idempotent."""
+    started = time.monotonic()
+    model = _load_model_once(settings.checkpoint, settings.weight_processing, settings.device)
+    corpus = _open_corpus_once(settings.corpus)
+    rows = capture_shard(model, corpus, spec, shard, settings)
+    facts = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "device": settings.device,
+        "threads": torch.get_num_threads(),
+        "batch_blocks": settings.batch_blocks,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    write_shard(settings.work, spec, shard, rows, facts=facts)
+    return shard.n_rows
+
+
+def capture_shard(
+    model: LanguageModel,
+    corpus: Corpus,
+    spec: StoreSpec,
+    shard: ShardSpec,
+    settings: CaptureSettings,
+) -> ShardRows:
+    """The shard's rows in block-major order: every real position of its blocks."""
+    parts = list(_capture_batches(model, corpus, spec, shard, settings))
+    return ShardRows(
+        acts={hook: torch.cat([part.acts[hook] for part in parts]) for hook in spec.hooks},
+        grads={hook: torch.cat([part.grads[hook] for part in parts]) for hook in spec.hooks},
+        tokens=torch.cat([part.tokens for part in parts]),
+        loss=torch.cat([part.loss for part in parts]),
+        block=torch.cat([part.block for part in parts]),
+        position=torch.cat([part.position for part in parts]),
+    )
+
+
+def _capture_batches(
+    model: LanguageModel,
+    corpus: Corpus,
+    spec: StoreSpec,
+    shard: ShardSpec,
+    settings: CaptureSettings,
+) -> Iterator[ShardRows]:
+    end = shard.first_block + shard.n_blocks
+    for first in range(shard.first_block, end, settings.batch_blocks):
+        blocks = corpus.read_blocks("train", first, min(settings.batch_blocks, end - first))
+        tokens = torch.from_numpy(blocks.tokens).long().to(settings.device)
+        lengths = torch.from_numpy(blocks.lengths).to(settings.device)
+        captured = capture(model, tokens, spec.hooks, lengths=lengths, precision=settings.precision)
+        position = torch.arange(spec.context_length).expand(len(tokens), -1)
+        real = position < lengths.cpu()[:, None]
+        block = (first + torch.arange(len(tokens)))[:, None].expand_as(position)
+        yield ShardRows(
+            acts={hook: captured.acts[hook].cpu()[real] for hook in spec.hooks},
+            grads={hook: captured.grads[hook].cpu()[real] for hook in spec.hooks},
+            tokens=tokens[:, :-1].cpu()[real].int(),
+            loss=captured.loss.cpu()[real].float(),
+            block=block[real].int(),
+            position=position[real].int(),
+        )
+
+
+@contextmanager
+def dask_mapper(*, workers: int, scheduler: str | None) -> Iterator[Mapper]:
+    """A mapper over a LocalCluster of `workers` processes, or over the cluster at `scheduler`."""
+    from distributed import Client, LocalCluster, as_completed
+
+    def map_on(client: Client) -> Mapper:
+        def mapper(function: Callable, items: Iterable) -> Iterator[int]:
+            futures = client.map(function, list(items), pure=False, retries=2)
+            yield from (future.result() for future in as_completed(futures))
+
+        return mapper
+
+    if scheduler is not None:
+        with Client(scheduler) as client:
+            yield map_on(client)
+        return
+    with (
+        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        # The nanny pins torch to one thread per worker; share the cores instead.
+        client.run(torch.set_num_threads, max(1, (os.cpu_count() or 1) // workers))
+        yield map_on(client)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_model_once(checkpoint: Path, weight_processing: str, device: str) -> LanguageModel:
+    return load_model(checkpoint, weight_processing=weight_processing, device=device)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_corpus_once(folder: Path) -> Corpus:
+    return open_corpus(folder)

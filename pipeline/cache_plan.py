@@ -1,0 +1,195 @@
+"""What caching will do, decided before anything runs: identity, layout, shards, disk and time."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.config import CacheConfig, Config
+from pipeline.corpus import Corpus, hash_tokenizer, open_corpus
+from pipeline.device import pick_device, product_rate
+from pipeline.errors import ConfigError, CorpusError
+from pipeline.model import (
+    ModelFacts,
+    hash_weights,
+    load_tokenizer,
+    locate_checkpoint,
+    read_facts,
+    resolve_hooks,
+)
+from store.layout import ShardSpec, StoreLayout, plan_shards
+from store.manifest import FORMAT_VERSION, StoreSpec
+from store.writer import committed_shards, free_bytes, required_bytes
+
+BYTES_PER_NUMBER = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class CaptureSettings(NamedTuple):
+    """All that a worker needs beside the shard's number."""
+
+    work: Path  # the work folder with the growing store
+    corpus: Path
+    checkpoint: Path
+    weight_processing: str
+    precision: str
+    batch_blocks: int
+    device: str
+
+
+class CachePlan(NamedTuple):
+    """What caching will do, decided before anything runs."""
+
+    spec: StoreSpec
+    settings: CaptureSettings
+    out: Path
+    missing: tuple[ShardSpec, ...]  # shards that no former run has committed
+    store_bytes: int  # on disk for the whole store
+    needed_bytes: int  # on disk for the missing shards
+    free_bytes: int
+    estimated_s: float
+
+
+def plan_cache(config: Config, corpus_folder: Path, out: Path) -> CachePlan:
+    """Decide identity, layout and work of the store of a corpus; a corpus not yet made is planned
+    for.
+
+    Raises ModelError for a hook or layer that the model lacks or a context that it cannot hold,
+    CorpusError for a corpus made with other settings.
+    """
+    checkpoint = locate_checkpoint(config.model.name, config.model.revision)
+    facts = read_facts(checkpoint)
+    hooks = resolve_hooks(config.cache.hook, config.cache.layers, facts)
+    check_context(config, facts)
+    lengths, corpus_fingerprint = _read_lengths(config, corpus_folder, checkpoint)
+    layout = plan_layout(config.cache, lengths, config.corpus.context_length, facts.d_model)
+    identity = identify(config, corpus_fingerprint, hooks, layout, hash_weights(checkpoint))
+    spec = StoreSpec(
+        identity=identity,
+        hooks=hooks,
+        d_model=facts.d_model,
+        context_length=config.corpus.context_length,
+        acts_dtype=config.cache.acts_dtype,
+        grads_dtype=config.cache.grads_dtype,
+        seed=config.cache.seed,
+        layout=layout,
+    )
+    work = out.parent / ".work" / spec.fingerprint[:16]
+    committed = committed_shards(work, spec)
+    missing = tuple(shard for shard in layout.shards if shard.index not in committed)
+    missing_rows = sum(shard.n_rows for shard in missing)
+    store_bytes = required_bytes(spec)
+    device = pick_device(config.run.device)
+    return CachePlan(
+        spec=spec,
+        settings=CaptureSettings(
+            work=work,
+            corpus=corpus_folder,
+            checkpoint=checkpoint,
+            weight_processing=config.model.weight_processing,
+            precision=config.cache.precision,
+            batch_blocks=config.cache.batch_blocks,
+            device=device,
+        ),
+        out=out,
+        missing=missing,
+        store_bytes=store_bytes,
+        needed_bytes=store_bytes * missing_rows // max(layout.n_rows, 1),
+        free_bytes=free_bytes(out),
+        estimated_s=missing_rows * estimate_seconds_per_token(facts, config, device),
+    )
+
+
+def check_context(config: Config, facts: ModelFacts) -> None:
+    """Raise ConfigError if the blocks are longer than the model's context."""
+    if facts.context_length and config.corpus.context_length > facts.context_length:
+        raise ConfigError(
+            f"corpus.context_length for model {config.model.name}: expected at most "
+            f"{facts.context_length}, got {config.corpus.context_length}."
+        )
+
+
+def check_corpus(config: Config, corpus: Corpus, checkpoint: Path) -> None:
+    """Raise CorpusError, field by field, if the corpus was made with other settings."""
+    wanted = {"tokenizer_hash": hash_tokenizer(load_tokenizer(checkpoint))} | {
+        name: getattr(config.corpus, name) for name in ("context_length", "packing", "prepend_bos")
+    }
+    found = {name: getattr(corpus.manifest, name) for name in wanted}
+    different = [
+        f"{name}: expected {wanted[name]}, got {found[name]}"
+        for name in wanted
+        if wanted[name] != found[name]
+    ]
+    if different:
+        raise CorpusError(
+            f"corpus at {corpus.folder}: {'; '.join(different)}. "
+            "Name another with --corpus, or make one with `pipeline corpus --out`."
+        )
+
+
+def _read_lengths(config: Config, folder: Path, checkpoint: Path) -> tuple[np.ndarray, str]:
+    """Real rows of every training block and the corpus's fingerprint; as planned where it is not
+    yet made.
+    """
+    if folder.exists():
+        corpus = open_corpus(folder)
+        check_corpus(config, corpus, checkpoint)
+        return corpus.lengths("train"), corpus.manifest.fingerprint
+    if config.corpus.train_tokens is None:
+        raise CorpusError(
+            f"corpus at {folder}: expected token blocks, got nothing. Run `pipeline corpus`."
+        )
+    n_blocks = -(-config.corpus.train_tokens // config.corpus.context_length)
+    return np.full(n_blocks, config.corpus.context_length, dtype=np.int32), "not yet made"
+
+
+def plan_layout(
+    config: CacheConfig, lengths: np.ndarray, context_length: int, d_model: int
+) -> StoreLayout:
+    """Shards of about `shard_mb` of activations each, at least eight."""
+    return plan_shards(
+        lengths,
+        context_length=context_length,
+        bytes_per_row=BYTES_PER_NUMBER[config.acts_dtype] * d_model,
+        shard_bytes=config.shard_mb * 10**6,
+    )
+
+
+def identify(
+    config: Config,
+    corpus_fingerprint: str,
+    hooks: tuple[str, ...],
+    layout: StoreLayout,
+    weights: str,
+) -> dict:
+    """All that decides the store's bytes on given hardware; its hash is the fingerprint."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "weights_hash": weights,
+        "weight_processing": config.model.weight_processing,
+        "corpus": corpus_fingerprint,
+        "hooks": list(hooks),
+        "context_length": config.corpus.context_length,
+        "loss_reduction": "sum",
+        "precision": config.cache.precision,
+        "batch_blocks": config.cache.batch_blocks,
+        "acts_dtype": config.cache.acts_dtype,
+        "grads_dtype": config.cache.grads_dtype,
+        "seed": config.cache.seed,
+        "rows_per_chunk": layout.rows_per_chunk,
+        "rows_per_shard": layout.rows_per_shard,
+    }
+
+
+def estimate_seconds_per_token(facts: ModelFacts, config: Config, device: str) -> float:
+    """Time per token from the products it needs and this machine's measured rate at them.
+
+    A forward pass of all layers and a backward pass of those from the first hooked one up. An
+    estimate: attention and everything element-wise is taken to cost as much again as the products.
+    """
+    d_model, context = facts.d_model, config.corpus.context_length
+    backward = 1 - min(config.cache.layers) / facts.n_layers
+    layers = 12 * d_model**2 * facts.n_layers * (1 + backward)
+    unembedding = 3 * d_model * facts.d_vocab
+    n_rows = config.cache.batch_blocks * context
+    rate = product_rate(n_rows, d_model, device=device, precision=config.cache.precision)
+    return 2 * (layers + unembedding) / rate

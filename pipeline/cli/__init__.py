@@ -1,0 +1,70 @@
+"""The `pipeline` command: one click command per stage. This package alone reads YAML paths and
+prints.
+"""
+
+import difflib
+import sys
+from typing import Any
+
+import click
+
+from pipeline.cli import stages
+from pipeline.cli.store import store
+from pipeline.errors import ConfigError, PipelineError
+from store.errors import StoreError
+
+
+class SuggestingGroup(click.Group):
+    """A group that answers a misspelled command with the nearest one."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            close = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
+            hint = (
+                f" Did you mean {close[0]}?"
+                if close
+                else f" Commands: {', '.join(self.list_commands(ctx))}."
+            )
+            ctx.fail(f"No such command {name!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=SuggestingGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="gsae-pipeline")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Cache a model's activations and gradients once; train gradient SAEs from them."""
+    ctx.obj = {"debug": debug}
+
+
+for command in (stages.corpus, stages.cache, stages.train, stages.evaluate, stages.report, store):
+    cli.add_command(command)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command: 0 when it did its work, 2 for what the user must correct, 130 for Ctrl-C, else
+    1.
+    """
+    arguments = sys.argv[1:] if args is None else args
+    debug = "--debug" in arguments
+    try:
+        cli.main(arguments, prog_name="pipeline", standalone_mode=False)
+    except click.ClickException as error:
+        command = getattr(error, "ctx", None)
+        hint = f" See {command.command_path} --help." if command else ""
+        click.echo(f"Error: {error.format_message()}{hint}", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted. The same command resumes where it stopped.", err=True)
+        sys.exit(130)
+    except (PipelineError, StoreError, OSError, MemoryError) as error:
+        if debug:
+            raise
+        click.echo(f"Error: {_one_line(error)}", err=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,150 @@
+"""From the command line to a checked configuration: profile, flags and `--set`, in that order."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+import pipeline
+from pipeline.config import Config, load_config, parse_yaml
+from pipeline.errors import ConfigError
+from pipeline.paths import DefaultPaths, plan_paths
+
+
+class Flag(NamedTuple):
+    """A common setting's own option; every other setting is reached by `--set`."""
+
+    keys: tuple[str, ...]  # the configuration keys that it sets
+    type: Any
+    help: str
+    repeats: bool = False
+
+
+FLAGS = {
+    "model": Flag(("model.name",), str, "Language model: demo, a hub name, or a folder."),
+    "source": Flag(("corpus.source",), str, "Text: demo, a hub dataset, or a file or folder."),
+    "corpus-tokens": Flag(("corpus.train_tokens",), int, "Tokens of the training split."),
+    "layer": Flag(("cache.layers",), int, "Layer to cache; repeat for several.", repeats=True),
+    "hook": Flag(
+        ("cache.hook",), str, "resid_pre|resid_mid|resid_post|attn_out|mlp_out or a hook's name."
+    ),
+    "dtype": Flag(
+        ("cache.acts_dtype", "cache.grads_dtype"),
+        click.Choice(["float32", "float16", "bfloat16"]),
+        "Number format of the store.",
+    ),
+    "cache-seed": Flag(("cache.seed",), int, "Seed of the row order inside each shard."),
+    "train-hook": Flag(("train.hook",), str, "Which of the store's hooks to train on."),
+    "beta": Flag(
+        ("train.betas",),
+        float,
+        "Weight of the gradient; 0 is TopK; repeat for a grid.",
+        repeats=True,
+    ),
+    "k": Flag(("train.ks",), int, "Latents kept per token; repeat for a grid.", repeats=True),
+    "train-tokens": Flag(("train.tokens",), int, "Tokens to train on."),
+    "train-seed": Flag(("train.seeds",), int, "Seed of the SAE; repeat for several.", repeats=True),
+    "evaluate-tokens": Flag(("evaluate.tokens",), int, "Held-out tokens to measure on."),
+    "workers": Flag(("run.workers",), int, "Dask workers on this machine; 0 runs in this process."),
+    "scheduler": Flag(("run.scheduler",), str, "Address of a running dask scheduler (tcp://...)."),
+    "device": Flag(("run.device",), str, "auto, cpu, cuda or cuda:N."),
+}
+
+
+class Invocation(NamedTuple):
+    """What a command was asked to do."""
+
+    profile: str
+    config: Config
+    paths: DefaultPaths  # where each stage reads and writes unless told
+
+
+def takes(**flags: str) -> Callable:
+    """Give a command `--profile`, `--set` and the named flags, and pass it one Invocation.
+
+    `takes(tokens="corpus-tokens")` names the option `--tokens` and fills it from
+    FLAGS["corpus-tokens"].
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def command(profile: str | None, settings: tuple[str, ...], **options: Any) -> Any:
+            given = {FLAGS[flags[name]]: options.pop(name) for name in flags}
+            return function(invoke(profile, given, settings), **options)
+
+        for name, key in reversed(flags.items()):
+            flag = FLAGS[key]
+            command = click.option(
+                f"--{name.replace('_', '-')}",
+                name,
+                type=flag.type,
+                multiple=flag.repeats,
+                help=flag.help,
+            )(command)
+        command = click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Set any key, such as train.lr=3e-4.",
+        )(command)
+        return click.option(
+            "--profile", help="configs/<profile>.yaml  [default: params.yaml's, or demo]"
+        )(command)
+
+    return decorate
+
+
+def invoke(profile: str | None, flags: Mapping[Flag, Any], settings: tuple[str, ...]) -> Invocation:
+    """Resolve the profile and apply flags and `--set`; raises ConfigError."""
+    overrides = {
+        key: list(value) if flag.repeats else value
+        for flag, value in flags.items()
+        if value not in (None, ())
+        for key in flag.keys
+    }
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting}: expected KEY=VALUE.")
+        overrides[key.strip()] = parse_yaml(value, where=f"--set {key}")
+    profile = profile or selected_profile(Path("params.yaml"))
+    path = find_profile(profile)
+    config = load_config(path, overrides)
+    return Invocation(profile, config, plan_paths(profile, config, load_config(path)))
+
+
+def selected_profile(params: Path) -> str:
+    """The profile that params.yaml selects, so that `pipeline` and `dvc repro` agree; demo without
+    one.
+    """
+    if not params.exists():
+        return "demo"
+    selected = parse_yaml(params.read_text(encoding="utf-8"), where=str(params))
+    if not isinstance(selected, dict) or not isinstance(selected.get("profile"), str):
+        raise ConfigError(
+            f"configuration at {params}: expected a key `profile` with a name, got {selected!r:.50}."
+        )
+    return selected["profile"]
+
+
+def find_profile(profile: str) -> Path:
+    """configs/<profile>.yaml in this folder, else the one that ships with the package."""
+    folders = [Path("configs"), *packaged_config_folders()]
+    for folder in folders:
+        if (folder / f"{profile}.yaml").is_file():
+            return folder / f"{profile}.yaml"
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    raise ConfigError(
+        f"profile {profile}: expected one of {', '.join(known)}, or a file configs/{profile}.yaml."
+    )
+
+
+def packaged_config_folders() -> list[Path]:
+    """configs/ inside an installed wheel, or beside the package in a checkout."""
+    package = Path(pipeline.__file__).parent
+    return [
+        folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()
+    ]

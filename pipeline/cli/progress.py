@@ -1,0 +1,63 @@
+"""Progress on a terminal: one bar with rate and time left; in a log file, a line now and then."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 10.0  # between lines where there is no terminal
+
+
+@contextmanager
+def token_progress(label: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """Yield `advance(n_tokens, note="")`; shows the tokens done, tokens/s, the time left and the
+    note.
+    """
+    if not sys.stderr.isatty():
+        yield _LinePrinter(label, total)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.completed:,.0f} tokens"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(label, total=total, rate="", note="")
+        started, done = time.monotonic(), 0
+
+        def advance(n_tokens: int, note: str = "") -> None:
+            nonlocal done
+            done += n_tokens
+            rate = f"{done / (time.monotonic() - started):,.0f} tokens/s"
+            progress.update(task, advance=n_tokens, rate=rate, note=note)
+
+        yield advance
+
+
+class _LinePrinter:
+    def __init__(self, label: str, total: int | None) -> None:
+        self._label, self._total = label, total
+        self._done, self._started, self._printed = 0, time.monotonic(), -LINE_EVERY_S
+
+    def __call__(self, n_tokens: int, note: str = "") -> None:
+        self._done += n_tokens
+        now = time.monotonic()
+        if self._done != self._total and now - self._printed < LINE_EVERY_S:
+            return
+        self._printed = now
+        rate = self._done / max(now - self._started, 1e-9)
+        of_total = ""
+        if self._total:
+            left = (self._total - self._done) / rate if rate else 0.0
+            of_total = f" of {self._total:,}, {left:.0f} s left"
+        click.echo(
+            f"{self._label}: {self._done:,} tokens{of_total}, {rate:,.0f} tokens/s {note}".rstrip(),
+            err=True,
+        )

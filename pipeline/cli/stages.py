@@ -1,0 +1,252 @@
+"""The five stages as commands. Heavy libraries are imported by the command that needs them, so that
+help is quick.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.cli.options import Invocation, takes
+from pipeline.cli.progress import token_progress
+from pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.cache_plan import CachePlan
+    from pipeline.corpus import Corpus
+    from pipeline.train import StepReport
+
+FOLDER = click.Path(path_type=Path)
+
+
+@click.command()
+@takes(model="model", source="source", tokens="corpus-tokens")
+@click.option("--out", type=FOLDER, help="Folder of the corpus.  [default: data/<profile>]")
+@click.option("--overwrite", is_flag=True, help="Replace a corpus made with other settings.")
+def corpus(run: Invocation, out: Path | None, overwrite: bool) -> None:
+    """Turn text into packed token blocks, split into train and held-out."""
+    made = _make_corpus(run, out or run.paths.corpus, overwrite=overwrite)
+    for split in ("train", "held_out"):
+        counts = made.manifest.splits[split]
+        click.echo(
+            f"{split}: {counts.documents:,} documents, {counts.tokens:,} tokens, "
+            f"{counts.blocks:,} blocks"
+        )
+    click.echo(f"corpus in {made.folder}")
+
+
+@click.command()
+@takes(
+    layer="layer",
+    hook="hook",
+    model="model",
+    tokens="corpus-tokens",
+    dtype="dtype",
+    seed="cache-seed",
+    workers="workers",
+    scheduler="scheduler",
+    device="device",
+)
+@click.option(
+    "--corpus",
+    "corpus_path",
+    type=FOLDER,
+    help="Token blocks; made first where missing.  [default: data/<profile>]",
+)
+@click.option("--out", type=FOLDER, help="Folder of the store.  [default: stores/<profile>]")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--overwrite", is_flag=True, help="Replace a store of another fingerprint.")
+def cache(
+    run: Invocation, corpus_path: Path | None, out: Path | None, dry_run: bool, overwrite: bool
+) -> None:
+    """Run the model once over the corpus; write activations and gradients as a Zarr store."""
+    from pipeline.cache import dask_mapper, run_cache
+    from pipeline.cache_plan import plan_cache
+    from pipeline.provenance import describe_run
+
+    corpus_path, out = corpus_path or run.paths.corpus, out or run.paths.store
+    if not corpus_path.exists() and not dry_run:
+        _make_corpus(run, corpus_path, overwrite=False)
+    plan = plan_cache(run.config, corpus_path, out)
+    _print_plan(plan)
+    if dry_run:
+        return
+    settings, provenance = run.config.run, describe_run(run.profile, run.config)
+    missing_rows = sum(shard.n_rows for shard in plan.missing)
+    with token_progress("cache", missing_rows) as advance:
+        if settings.workers or settings.scheduler:
+            with dask_mapper(workers=settings.workers, scheduler=settings.scheduler) as mapper:
+                manifest = run_cache(
+                    plan, mapper, provenance=provenance, overwrite=overwrite, on_progress=advance
+                )
+        else:
+            manifest = run_cache(
+                plan, provenance=provenance, overwrite=overwrite, on_progress=advance
+            )
+    click.echo(f"computed {len(plan.missing)} of {len(manifest.shards)} shards; store in {out}")
+
+
+@click.command()
+@takes(
+    beta="beta",
+    k="k",
+    layer="layer",
+    hook="train-hook",
+    tokens="train-tokens",
+    seed="train-seed",
+    device="device",
+)
+@click.option(
+    "--store",
+    "store_path",
+    type=FOLDER,
+    help="The store to train from.  [default: stores/<profile>]",
+)
+@click.option("--out", type=FOLDER, help="Folder of the SAEs.  [default: runs/<profile>]")
+@click.option("--overwrite", is_flag=True, help="Replace SAEs that are there.")
+def train(run: Invocation, store_path: Path | None, out: Path | None, overwrite: bool) -> None:
+    """Train an SAE for every beta, k and seed from one pass over the store."""
+    from pipeline.device import pick_device
+    from pipeline.provenance import describe_run
+    from pipeline.runs import plan_training, run_training
+
+    config, out = run.config.train, out or run.paths.run
+    plan = plan_training(config, store_path or run.paths.store)
+    with token_progress("train", plan.n_steps * config.batch_size) as advance:
+        trained = run_training(
+            plan,
+            config,
+            out,
+            device=pick_device(run.config.run.device),
+            provenance=describe_run(run.profile, run.config),
+            overwrite=overwrite,
+            on_step=lambda report: advance(config.batch_size, note=_describe_step(report)),
+        )
+    click.echo(f"trained {', '.join(trained.members)}; SAEs in {out}")
+
+
+@click.command()
+@takes(tokens="evaluate-tokens", device="device")
+@click.option(
+    "--run", "run_path", type=FOLDER, help="Folder of the SAEs.  [default: runs/<profile>]"
+)
+@click.option(
+    "--corpus", "corpus_path", type=FOLDER, help="Token blocks.  [default: data/<profile>]"
+)
+@click.option(
+    "--store",
+    "store_path",
+    type=FOLDER,
+    help="The store they were trained from.  [default: stores/<profile>]",
+)
+@click.option(
+    "--out", type=FOLDER, help="Folder of the measurements.  [default: results/<profile>]"
+)
+def evaluate(
+    run: Invocation,
+    run_path: Path | None,
+    corpus_path: Path | None,
+    store_path: Path | None,
+    out: Path | None,
+) -> None:
+    """Measure trained SAEs on held-out text, with and without the gradient at inference."""
+    from pipeline.evaluate import evaluate_run
+
+    out = out or run.paths.results
+    with token_progress("evaluate", run.config.evaluate.tokens) as advance:
+        evaluate_run(
+            run.config,
+            run_folder=run_path or run.paths.run,
+            corpus_folder=corpus_path or run.paths.corpus,
+            store_folder=store_path or run.paths.store,
+            out=out,
+            on_progress=advance,
+        )
+    click.echo(f"measurements in {out}")
+
+
+@click.command()
+@takes()
+@click.option(
+    "--run", "run_path", type=FOLDER, help="Folder of the SAEs.  [default: runs/<profile>]"
+)
+@click.option(
+    "--results",
+    "results_path",
+    type=FOLDER,
+    help="Folder of the measurements.  [default: results/<profile>]",
+)
+@click.option(
+    "--corpus", "corpus_path", type=FOLDER, help="Token blocks.  [default: data/<profile>]"
+)
+@click.option("--store", "store_path", type=FOLDER, help="The store.  [default: stores/<profile>]")
+@click.option("--out", type=FOLDER, help="The page.  [default: results/<profile>.html]")
+def report(
+    run: Invocation,
+    run_path: Path | None,
+    results_path: Path | None,
+    corpus_path: Path | None,
+    store_path: Path | None,
+    out: Path | None,
+) -> None:
+    """Write one self-contained HTML page that compares the SAEs."""
+    from pipeline.report import write_report
+
+    out = out or run.paths.results.with_name(run.paths.results.name + ".html")
+    write_report(
+        profile=run.profile,
+        run_folder=run_path or run.paths.run,
+        results_folder=results_path or run.paths.results,
+        corpus_folder=corpus_path or run.paths.corpus,
+        store_folder=store_path or run.paths.store,
+        out=out,
+    )
+    click.echo(f"report in {out}")
+
+
+def _make_corpus(run: Invocation, out: Path, *, overwrite: bool) -> "Corpus":
+    from pipeline.corpus import write_corpus
+    from pipeline.model import load_tokenizer, locate_checkpoint
+
+    tokenizer = load_tokenizer(locate_checkpoint(run.config.model.name, run.config.model.revision))
+    wanted = (run.config.corpus.train_tokens, run.config.corpus.held_out_tokens)
+    total = sum(count for count in wanted if count) if all(wanted) else None
+    with token_progress("corpus", total) as advance:
+        return write_corpus(
+            run.config.corpus, tokenizer, out, overwrite=overwrite, on_progress=advance
+        )
+
+
+def _print_plan(plan: "CachePlan") -> None:
+    layout, missing = plan.spec.layout, len(plan.missing)
+    rows = sum(shard.n_rows for shard in plan.missing)
+    for name, value in (
+        ("model", plan.settings.checkpoint.name),
+        ("hooks", ", ".join(plan.spec.hooks)),
+        (
+            "tokens",
+            f"{layout.n_rows:,} in blocks of {plan.spec.context_length}",
+        ),
+        ("shards", f"{len(layout.shards)}, of which {missing} to compute ({rows:,} tokens)"),
+        (
+            "disk",
+            f"{plan.store_bytes / 1e6:,.0f} MB, twice that where DVC cannot link; "
+            f"{plan.free_bytes / 1e6:,.0f} MB free",
+        ),
+        ("time", f"about {plan.estimated_s / 60:.1f} min on {plan.settings.device}"),
+        ("store", str(plan.out)),
+    ):
+        click.echo(f"{name:>8}  {value}")
+    if plan.needed_bytes > plan.free_bytes:
+        raise PipelineError(
+            f"disk at {plan.out.parent}: expected {plan.needed_bytes:,} bytes free, "
+            f"got {plan.free_bytes:,}. "
+            "Make room, lower corpus.train_tokens, or choose another --out."
+        )
+
+
+def _describe_step(report: "StepReport") -> str:
+    return "  ".join(
+        f"{name}: loss {m.loss:.2f} NMSE {m.nmse:.3f} L0 {m.l0:.1f} dead {m.dead_latents}"
+        for name, m in report.metrics.items()
+    )

@@ -1,0 +1,199 @@
+"""One strict, frozen section per stage, read from configs/<profile>.yaml.
+
+Every setting is a key of a profile, and profiles are complete. `load_config` reads one, applies
+dotted overrides (`{"train.betas": [0, 1e5]}`) and raises ConfigError naming the key and the file
+before any model loads.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent
+
+from pipeline.errors import ConfigError
+
+Count = Annotated[int, Field(gt=0)]
+Index = Annotated[int, Field(ge=0)]
+Rate = Annotated[FiniteFloat, Field(gt=0)]
+Weight = Annotated[FiniteFloat, Field(ge=0)]
+Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
+NumberFormat = Literal["float32", "float16", "bfloat16"]
+
+# YAML gives lists where these want tuples, so strictness holds for their items only.
+Counts = Annotated[tuple[Count, ...], Field(strict=False, fail_fast=True, min_length=1)]
+Indices = Annotated[tuple[Index, ...], Field(strict=False, fail_fast=True)]
+Weights = Annotated[tuple[Weight, ...], Field(strict=False, fail_fast=True, min_length=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys and converts nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelConfig(Section):
+    """Which language model."""
+
+    name: str  # "demo", a hub name such as "gpt2", or a folder with a Hugging Face checkpoint
+    revision: str | None  # a hub revision; null is the newest
+    weight_processing: Literal["raw", "folded"]  # folded: layer norms folded, weights centred
+
+
+class CorpusConfig(Section):
+    """Which text, and how it becomes token blocks."""
+
+    source: str  # "demo", a hub dataset, or a file or folder of .txt, .jsonl or .parquet
+    subset: str | None  # the hub dataset's configuration, such as "en"
+    split: str  # the hub dataset's split
+    column: str  # the column or key with the text, or with token ids where those are integers
+    context_length: Count  # rows per block; a block has one token more, its last target
+    packing: Literal["packed", "per_document"]
+    prepend_bos: bool
+    train_tokens: Count | None  # stop after this many; null takes all there are
+    held_out_tokens: Count | None
+    held_out_fraction: Annotated[
+        FiniteFloat, Field(gt=0, lt=1)
+    ]  # of documents, by hash of their id
+    max_document_mb: Count  # a longer document is an error, for it would have to fit in memory
+
+
+class CacheConfig(Section):
+    """Which activations and gradients, and in which numbers."""
+
+    hook: str  # resid_pre, resid_mid, resid_post, attn_out, mlp_out, or a TransformerLens hook name
+    layers: Annotated[Indices, Field(min_length=1)]
+    acts_dtype: NumberFormat
+    grads_dtype: NumberFormat
+    precision: Literal["float32", "bfloat16"]  # of the forward and backward pass
+    batch_blocks: Count  # blocks per model batch
+    shard_mb: Count  # target size of one shard's activations
+    seed: Index  # of the row order inside each shard
+
+
+class TrainConfig(Section):
+    """Which SAEs, and how they train; betas x ks x seeds share one pass over the stream."""
+
+    hook: str | None  # which of the store's hooks; null where it has only one
+    betas: Weights
+    ks: Counts
+    seeds: Annotated[Indices, Field(min_length=1)]
+    d_sae: Count
+    loss_tokens: Count  # beta / loss_tokens weighs the gradient of the summed loss
+    decoder_norm: Literal["unit", "free"]
+    input_scaling: Literal["none", "mean_norm"]  # mean_norm: to a mean row norm of sqrt(d_model)
+    batch_size: Count  # rows
+    epochs: Count
+    tokens: Count | None  # stop after this many; null is all epochs
+    lr: Rate
+    lr_warmup_fraction: Fraction  # of the steps
+    lr_decay_fraction: Fraction  # of the steps, linearly to zero at the end
+    exclude_positions: Indices  # positions of a block that training leaves out
+    window_shards: Count  # shards that are interleaved
+    shuffle_seed: Index
+    log_every: Count  # steps
+
+    @model_validator(mode="after")
+    def _agree(self) -> "TrainConfig":
+        if max(self.ks) > self.d_sae:
+            raise ValueError(f"ks: expected at most d_sae = {self.d_sae}, got {max(self.ks)}")
+        if self.lr_warmup_fraction + self.lr_decay_fraction > 1:
+            raise ValueError("lr_warmup_fraction + lr_decay_fraction: expected at most 1 together")
+        return self
+
+
+class EvaluateConfig(Section):
+    """How much held-out text, in what batches."""
+
+    tokens: Count | None  # null is all that the corpus holds out
+    batch_blocks: Count
+    loss_tokens: Counts  # beta * |a| / loss_tokens is reported for each
+
+
+class RunConfig(Section):
+    """Where to run; nothing here decides what is computed."""
+
+    device: str  # "auto", "cpu", "cuda", "cuda:1"
+    workers: Index  # dask workers on this machine; 0 runs in this process
+    scheduler: str | None  # address of a running dask scheduler
+
+
+class Config(Section):
+    """A complete profile."""
+
+    model: ModelConfig
+    corpus: CorpusConfig
+    cache: CacheConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    run: RunConfig
+
+
+def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a profile and apply dotted overrides; raises ConfigError naming the key and the file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration at {path}: {error}.") from None
+    settings = parse_yaml(text, where=str(path))
+    if not isinstance(settings, dict):
+        raise ConfigError(f"configuration at {path}: expected sections, got {settings!r:.80}.")
+    for key, value in (overrides or {}).items():
+        _override(settings, key, value, path)
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error, path))) from None
+
+
+def parse_yaml(text: str, *, where: str) -> Any:
+    """Parse YAML 1.2, so that `1e5` is a number; tags, aliases and duplicate keys are refused."""
+    try:
+        if any(isinstance(event, AliasEvent) for event in YAML(typ="safe", pure=True).parse(text)):
+            raise ConfigError(f"YAML at {where}: expected plain values, got an alias (*name).")
+        return YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"YAML at {where}: {reason}") from None
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a profile, such as `train.betas`."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _override(settings: dict[str, Any], key: str, value: Any, path: Path) -> None:
+    if key not in set(known_keys()):
+        raise ConfigError(f"setting {key} for {path}: unknown key.{_suggest(key)}")
+    section, name = key.split(".")
+    if not isinstance(settings.setdefault(section, {}), dict):
+        raise ConfigError(f"configuration at {path}: {section}: expected keys, got a single value.")
+    settings[section][name] = value
+
+
+def _suggest(key: str) -> str:
+    close = difflib.get_close_matches(key, list(known_keys()), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else f" Known keys: {', '.join(known_keys())}."
+
+
+def _explain(error: ValidationError, path: Path) -> Iterator[str]:
+    for problem in error.errors():
+        if problem["type"] == "too_short" and problem["input"]:
+            continue  # pydantic's echo of a bad item, which has its own line
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            yield f"configuration at {path}: {key}: unknown key.{_suggest(key)}"
+        elif problem["type"] == "missing":
+            yield f"configuration at {path}: {key}: missing. A profile lists every key."
+        elif problem["type"] == "value_error":  # a cross-check of ours, which says what it got
+            yield f"configuration at {path}: {key}.{problem['ctx']['error']}."
+        else:
+            yield f"configuration at {path}: {key}: {problem['msg']}, got {problem['input']!r:.60}."

@@ -1,0 +1,114 @@
+"""Stage three: measure trained SAEs on held-out text and write metrics and tables."""
+
+import csv
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.cache_plan import check_corpus
+from pipeline.config import Config
+from pipeline.corpus import open_corpus
+from pipeline.device import pick_device
+from pipeline.evaluate.activity import Activity
+from pipeline.evaluate.measure import MODES, evaluate_saes
+from pipeline.files import write_json
+from pipeline.model import load_model, locate_checkpoint
+from pipeline.runs import read_run
+from pipeline.sae import load_sae
+from store import ActivationStore, open_store
+
+_QUANTILES = 101  # points of each firing-frequency curve
+
+
+def evaluate_run(
+    config: Config,
+    *,
+    run_folder: Path,
+    corpus_folder: Path,
+    store_folder: Path,
+    out: Path,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Measure every SAE of a run; writes `out`/metrics.json, saes.csv and firing.csv and returns
+    the metrics.
+
+    Raises TrainError if the run is incomplete or was not trained from this store.
+    """
+    run = read_run(run_folder)
+    store = open_store(store_folder)
+    run.check_store(store.manifest)
+    corpus = open_corpus(corpus_folder)
+    device = pick_device(config.run.device)
+    checkpoint = locate_checkpoint(config.model.name, config.model.revision)
+    check_corpus(config, corpus, checkpoint)
+    model = load_model(checkpoint, weight_processing=config.model.weight_processing, device=device)
+    metrics, activities = evaluate_saes(
+        model,
+        corpus,
+        {name: load_sae(run_folder / name).to(device) for name in run.members},
+        hook=run.hook,
+        mean_act=mean_activation(store, run.hook, run.exclude_positions).to(device),
+        exclude_positions=run.exclude_positions,
+        n_tokens=config.evaluate.tokens,
+        batch_blocks=config.evaluate.batch_blocks,
+        loss_tokens=config.evaluate.loss_tokens,
+        on_progress=on_progress,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "metrics.json", metrics)
+    _write_csv(out / "saes.csv", _rows_by_sae(metrics["saes"]))
+    _write_csv(out / "firing.csv", _firing_curves(activities))
+    return metrics
+
+
+def mean_activation(
+    store: ActivationStore, hook: str, exclude_positions: tuple[int, ...]
+) -> Tensor:
+    """Mean activation [d_model] of the store's first shard, without the positions that training
+    leaves out.
+    """
+    rows = store.read_shard(0, hook)
+    kept = ~torch.isin(rows.position, torch.tensor(exclude_positions, dtype=rows.position.dtype))
+    return rows.acts[kept].mean(0)
+
+
+def _rows_by_sae(saes: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per SAE and mode, for `dvc plots` and spreadsheets."""
+    return [
+        {"sae": name, "k": sae["k"], "beta": sae["beta"], "mode": mode, **sae[mode]}
+        for name, sae in saes.items()
+        for mode in MODES
+    ]
+
+
+def _firing_curves(activities: Mapping[str, Mapping[str, Activity]]) -> list[dict[str, Any]]:
+    """Quantiles of each SAE's firing frequencies: the fraction of tokens on which a latent fires."""
+    fractions = torch.linspace(0, 1, _QUANTILES)
+    rows = []
+    for name, modes in activities.items():
+        for mode, activity in modes.items():
+            frequencies = torch.quantile(activity.firings.float() / activity.n_rows, fractions)
+            rows += [
+                {
+                    "sae": name,
+                    "mode": mode,
+                    "fraction_of_latents": q.item(),
+                    "firing_frequency": f.item(),
+                }
+                for q, f in zip(fractions, frequencies, strict=True)
+            ]
+    return rows
+
+
+def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    rows = list(rows)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+__all__ = ["evaluate_run", "evaluate_saes", "mean_activation"]

@@ -1,0 +1,129 @@
+"""Files that are whole and durable or not there, and what a disk refuses."""
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from store.errors import DiskFull, StoreError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_NO_LINKS = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES}
+
+
+class WrittenFile(NamedTuple):
+    bytes: int
+    sha256: str
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that a file below `path`, which need not exist yet, could take."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
+def check_room(path: Path, needed_bytes: int) -> None:
+    """Raise DiskFull unless the disk of `path` has room for `needed_bytes`."""
+    free = free_bytes(path)
+    if free < needed_bytes:
+        raise DiskFull(_describe_full(path, needed_bytes, free))
+
+
+@contextmanager
+def disk_errors(path: Path, needed_bytes: int) -> Iterator[None]:
+    """Turn a full disk into DiskFull, and a folder that cannot be written into a StoreError that
+    names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskFull(_describe_full(path, needed_bytes, free_bytes(path))) from error
+        if error.errno in _REFUSED:
+            raise StoreError(
+                f"folder at {path}: expected one that can be written, got {error.strerror} for "
+                f"{error.filename}. "
+                "Make it writable or choose another folder (--store)."
+            ) from error
+        raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, durably."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def write_durably(
+    path: Path, pieces: Iterable[bytes | memoryview], *, scratch: Path
+) -> WrittenFile:
+    """Write `path` so that after a crash it is whole or absent: temporary name in `scratch`, fsync,
+    rename, fsync folder.
+
+    `scratch` is a folder on the same file system.
+    """
+    temporary = scratch / uuid.uuid4().hex
+    make_folder(scratch)
+    make_folder(path.parent)
+    digest, n_bytes = hashlib.sha256(), 0
+    try:
+        with temporary.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+                digest.update(piece)
+                n_bytes += memoryview(piece).nbytes
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+    return WrittenFile(n_bytes, digest.hexdigest())
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Make `target` a folder with the same files as `source`: hard links, or copies where links are
+    refused. Durable."""
+    make_folder(target)
+    for entry in sorted(source.iterdir()):
+        if entry.is_dir():
+            link_tree(entry, target / entry.name)
+        else:
+            _link_or_copy(entry, target / entry.name)
+    fsync_folder(target)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copyfile(source, target)
+        with target.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _describe_full(path: Path, needed_bytes: int, free: int) -> str:
+    return (
+        f"disk at {path}: expected room for {needed_bytes:,} bytes, got {free:,}. "
+        "Make room and run `pipeline cache` again: committed shards are kept."
+    )

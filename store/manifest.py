@@ -1,0 +1,313 @@
+"""What a store is: its identity, layout, and the hashes and statistics of every shard.
+
+`manifest.json` is a pure function of the inputs: no time, host or version stands in it.
+docs/format.md describes every field.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from store.errors import ManifestError, StoreMismatch, StoreNotFound
+from store.layout import ShardSpec, StoreLayout, check_layout
+from store.numbers import FLOAT_FORMATS, FORMATS, NumberFormat, Statistics
+from store.shardfile import MEND, ShardFormat
+
+FORMAT = "activation-store"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+_HOOK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
+_ROOT_FORMATS = {"block": "int32", "loss": "float32", "position": "int32", "tokens": "int32"}
+
+
+class ArraySpec(NamedTuple):
+    """One Zarr array of a store."""
+
+    path: str  # "loss" or "blocks.7.hook_resid_post/acts"
+    numbers: NumberFormat
+    row_shape: tuple[int, ...]  # (d_model,) or ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSpec:
+    """All that is decided before the first shard is computed.
+
+    Raises ValueError where it contradicts itself.
+    """
+
+    identity: dict[str, Any]  # decides the store's bytes; JSON
+    hooks: tuple[str, ...]
+    d_model: int
+    context_length: int
+    acts_dtype: str  # float32, float16 or bfloat16
+    grads_dtype: str
+    seed: int  # of the row order inside each shard
+    layout: StoreLayout
+
+    def __post_init__(self) -> None:
+        check_layout(self.layout, self.context_length)
+        if not self.hooks or len(set(self.hooks)) < len(self.hooks):
+            raise ValueError(f"hooks: expected one or more different names, got {self.hooks}")
+        for hook in self.hooks:
+            if not _HOOK_NAME.fullmatch(hook) or hook in _ROOT_FORMATS:
+                raise ValueError(
+                    f"hook {hook!r}: expected letters, digits, '_', '.' and '-', and no root "
+                    "array's name"
+                )
+        for dtype in (self.acts_dtype, self.grads_dtype):
+            if dtype not in FLOAT_FORMATS:
+                raise ValueError(f"number format {dtype!r}: expected one of {FLOAT_FORMATS}")
+        if self.d_model < 1:
+            raise ValueError(f"d_model: expected at least 1, got {self.d_model}")
+        fields = {"format_version": FORMAT_VERSION} | self.as_dict()
+        for key in sorted(fields.keys() & self.identity.keys()):
+            if fields[key] != self.identity[key]:
+                raise ValueError(
+                    f"{key}: expected {self.identity[key]!r} as in the identity, got "
+                    f"{fields[key]!r}"
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.identity)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The manifest's fields apart from format, identity, shards and checksum."""
+        return {
+            "hooks": list(self.hooks),
+            "d_model": self.d_model,
+            "context_length": self.context_length,
+            "acts_dtype": self.acts_dtype,
+            "grads_dtype": self.grads_dtype,
+            "seed": self.seed,
+            "rows_per_chunk": self.layout.rows_per_chunk,
+            "rows_per_shard": self.layout.rows_per_shard,
+            "n_blocks": self.layout.n_blocks,
+            "n_rows": self.layout.n_rows,
+            "n_slots": self.layout.n_slots,
+        }
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """Every array by its path: the root arrays, then acts and grads of each hook."""
+        arrays = [ArraySpec(path, FORMATS[name], ()) for path, name in _ROOT_FORMATS.items()]
+        for hook in self.hooks:
+            arrays.append(ArraySpec(f"{hook}/acts", FORMATS[self.acts_dtype], (self.d_model,)))
+            arrays.append(ArraySpec(f"{hook}/grads", FORMATS[self.grads_dtype], (self.d_model,)))
+        return {array.path: array for array in arrays}
+
+    def shard_format(self, array: ArraySpec) -> ShardFormat:
+        """How the array's shard files are laid out."""
+        return ShardFormat(
+            disk=array.numbers.disk,
+            row_shape=array.row_shape,
+            fill=array.numbers.fill,
+            rows_per_chunk=self.layout.rows_per_chunk,
+            chunks_per_shard=self.layout.chunks_per_shard,
+        )
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as JSON holds it."""
+        return self.model_dump(mode="json")
+
+
+class FileRecord(_Record):
+    """One shard file of one array."""
+
+    bytes: int
+    sha256: str
+    crc32c: tuple[int, ...]
+
+
+class ShardRecord(_Record):
+    """What one committed shard is."""
+
+    index: int
+    first_block: int
+    n_blocks: int
+    n_rows: int
+    files: dict[str, FileRecord]
+    statistics: dict[str, Statistics]
+
+    @property
+    def spec(self) -> ShardSpec:
+        return ShardSpec(self.index, self.first_block, self.n_blocks, self.n_rows)
+
+
+class Manifest(_Record):
+    """The content of manifest.json."""
+
+    format: str
+    format_version: int
+    fingerprint: str
+    identity: dict[str, JsonValue]
+    hooks: tuple[str, ...]
+    d_model: int
+    context_length: int
+    acts_dtype: str
+    grads_dtype: str
+    seed: int
+    rows_per_chunk: int
+    rows_per_shard: int
+    n_blocks: int
+    n_rows: int
+    n_slots: int
+    shards: tuple[ShardRecord, ...]
+    checksum: str
+
+    @property
+    def spec(self) -> StoreSpec:
+        """The manifest's plan. Raises ValueError where its fields contradict each other."""
+        layout = StoreLayout(
+            rows_per_chunk=self.rows_per_chunk,
+            rows_per_shard=self.rows_per_shard,
+            blocks_per_shard=self.rows_per_shard // max(self.context_length, 1),
+            shards=tuple(shard.spec for shard in self.shards),
+            n_slots=self.n_slots,
+            n_rows=self.n_rows,
+        )
+        return StoreSpec(
+            identity=dict(self.identity),
+            hooks=self.hooks,
+            d_model=self.d_model,
+            context_length=self.context_length,
+            acts_dtype=self.acts_dtype,
+            grads_dtype=self.grads_dtype,
+            seed=self.seed,
+            layout=layout,
+        )
+
+
+def build_manifest(spec: StoreSpec, records: Sequence[ShardRecord]) -> Manifest:
+    """The manifest of a finished store; `records` in the order of the shards."""
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "fingerprint": spec.fingerprint,
+        "identity": spec.identity,
+        **spec.as_dict(),
+        "shards": [record.as_dict() for record in records],
+    }
+    return Manifest.model_validate_json(json.dumps(content | {"checksum": _checksum(content)}))
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json."""
+    return (json.dumps(manifest.as_dict(), indent=1) + "\n").encode()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check the manifest of the store at `path`.
+
+    Raises StoreNotFound if there is none; ManifestError if it is unreadable, of an unknown version,
+    changed since it was written, or contradicts itself.
+    """
+    file = path / MANIFEST_NAME
+    try:
+        content = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreNotFound(
+            f"store at {path}: expected a folder with {MANIFEST_NAME}, got none. "
+            "Run `pipeline cache` to make it."
+        ) from None
+    try:
+        fields = json.loads(content)
+        _expect(file, "format", FORMAT, fields["format"])
+        _expect(file, "format_version", FORMAT_VERSION, fields["format_version"])
+        manifest = Manifest.model_validate_json(content)
+        spec = manifest.spec
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{first['msg']} at {'.'.join(map(str, first['loc'])) or 'its top'}"
+        raise ManifestError(
+            f"manifest at {file}: expected a whole manifest, got {reason}. {MEND}"
+        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ManifestError(
+            f"manifest at {file}: expected a whole manifest, got {error!r}. {MEND}"
+        ) from None
+    _expect(file, "fingerprint", spec.fingerprint, manifest.fingerprint)
+    _expect(file, "checksum", _checksum(manifest.as_dict()), manifest.checksum)
+    for record in manifest.shards:
+        for line in list_file_faults(spec, record):
+            raise ManifestError(f"manifest at {file}: shard {record.index}: {line}. {MEND}")
+    return manifest
+
+
+def list_file_faults(spec: StoreSpec, record: ShardRecord) -> list[str]:
+    """Where a record's files are not those that the spec gives the shard; empty if all is right."""
+    arrays = spec.arrays()
+    if record.files.keys() != arrays.keys():
+        return [f"expected files of {sorted(arrays)}, got {sorted(record.files)}"]
+    faults = []
+    for path, array in arrays.items():
+        shard_format = spec.shard_format(array)
+        expected = (
+            shard_format.file_bytes(record.n_rows),
+            shard_format.count_chunks(record.n_rows),
+        )
+        found = (record.files[path].bytes, len(record.files[path].crc32c))
+        if found != expected:
+            faults.append(f"expected (bytes, chunks) {expected} of {path}, got {found}")
+    return faults
+
+
+def locate_shard(array_path: str, shard: int) -> str:
+    """The shard file's path in the store: Zarr's chunk key, with a 0 for the second dimension."""
+    return f"{array_path}/c/{shard}" + ("" if array_path in _ROOT_FORMATS else "/0")
+
+
+def fingerprint_of(identity: dict[str, Any]) -> str:
+    """sha256, in hex, of the identity as canonical JSON: sorted keys, no spaces, ASCII, no NaN."""
+    return hashlib.sha256(_canonical(identity)).hexdigest()
+
+
+def diff_identities(expected: Any, found: Any, _key: str = "") -> list[str]:
+    """One line for every field in which two identities differ; nested ones by dotted names."""
+    if not (isinstance(expected, dict) and isinstance(found, dict)):
+        same = _canonical(expected) == _canonical(found)
+        return [] if same else [f"{_key or 'identity'}: expected {expected!r}, got {found!r}"]
+    lines = []
+    for key in sorted(expected.keys() | found.keys()):
+        name = f"{_key}.{key}" if _key else key
+        if key not in found:
+            lines.append(f"{name}: expected {expected[key]!r}, got nothing")
+        elif key not in expected:
+            lines.append(f"{name}: expected nothing, got {found[key]!r}")
+        else:
+            lines += diff_identities(expected[key], found[key], name)
+    return lines
+
+
+def check_identity(
+    expected: dict[str, Any], found: dict[str, Any], where: Path, advice: str
+) -> None:
+    """Raise StoreMismatch with the field-by-field difference, followed by the next step to take."""
+    if lines := diff_identities(expected, found):
+        raise StoreMismatch(
+            f"store at {where} is not the one asked for: {'; '.join(lines)}. {advice}"
+        )
+
+
+def _expect(file: Path, field: str, expected: Any, found: Any) -> None:
+    if found != expected:
+        raise ManifestError(f"{field} in {file}: expected {expected}, got {found}. {MEND}")
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(
+        _canonical({k: v for k, v in content.items() if k != "checksum"})
+    ).hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -1,0 +1,110 @@
+"""The zarr.json files: what Zarr readers see of a store. zarr-python writes them, we check them
+against the manifest."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from store.errors import ManifestError
+from store.manifest import FORMAT, FORMAT_VERSION, ArraySpec, StoreSpec
+from store.shardfile import MEND
+
+_INNER_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+
+def list_metadata(spec: StoreSpec) -> dict[str, dict[str, Any]]:
+    """The content of every zarr.json by its path in the store, as the spec asks for it."""
+    nodes = {"": _describe_group(_root_attributes(spec))}
+    nodes |= {hook: _describe_group({}) for hook in spec.hooks}
+    nodes |= {path: _describe_array(spec, array) for path, array in spec.arrays().items()}
+    return {f"{path}/zarr.json".lstrip("/"): content for path, content in nodes.items()}
+
+
+def create_metadata(folder: Path, spec: StoreSpec) -> None:
+    """Make the empty group and arrays at `folder` with zarr-python."""
+    import zarr
+    from zarr.codecs import BytesCodec, Crc32cCodec
+
+    root = zarr.create_group(folder, zarr_format=3, attributes=_root_attributes(spec))
+    for hook in spec.hooks:
+        root.create_group(hook)
+    for path, array in spec.arrays().items():
+        root.create_array(
+            path,
+            shape=(spec.layout.n_slots, *array.row_shape),
+            shards=(spec.layout.rows_per_shard, *array.row_shape),
+            chunks=(spec.layout.rows_per_chunk, *array.row_shape),
+            dtype=array.numbers.disk,
+            fill_value=array.numbers.fill,
+            filters=None,
+            compressors=[Crc32cCodec()],
+            serializer=BytesCodec(endian="little"),
+            dimension_names=_name_dimensions(array),
+            attributes={"number_format": array.numbers.name},
+        )
+
+
+def check_metadata(folder: Path, spec: StoreSpec) -> None:
+    """Raise ManifestError where a zarr.json is missing, cut, or describes other arrays than the
+    manifest."""
+    for path, expected in list_metadata(spec).items():
+        file = folder / path
+        try:
+            found = json.loads(file.read_bytes())
+            found.keys()
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise ManifestError(
+                f"Zarr metadata at {file}: expected a JSON object, got {error!r}. {MEND}"
+            ) from None
+        for key in sorted(expected.keys() | found.keys()):
+            if key not in expected and not found[key]:
+                continue  # such as an empty list of storage transformers
+            if expected.get(key) != found.get(key):
+                raise ManifestError(
+                    f"{key} in {file}: expected {_shorten(expected.get(key))} as in the manifest, "
+                    f"got {_shorten(found.get(key))}. {MEND}"
+                )
+
+
+def _describe_group(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def _describe_array(spec: StoreSpec, array: ArraySpec) -> dict[str, Any]:
+    width = list(array.row_shape)
+    fill = array.numbers.fill
+    sharding = {
+        "chunk_shape": [spec.layout.rows_per_chunk, *width],
+        "codecs": _INNER_CODECS,
+        "index_codecs": _INNER_CODECS,
+        "index_location": "end",
+    }
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [spec.layout.n_slots, *width],
+        "data_type": array.numbers.disk.name,
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": [spec.layout.rows_per_shard, *width]},
+        },
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": "NaN" if math.isnan(fill) else fill,
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "dimension_names": list(_name_dimensions(array)),
+        "attributes": {"number_format": array.numbers.name},
+    }
+
+
+def _root_attributes(spec: StoreSpec) -> dict[str, Any]:
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, "fingerprint": spec.fingerprint}
+
+
+def _name_dimensions(array: ArraySpec) -> tuple[str, ...]:
+    return ("slot", "channel") if array.row_shape else ("slot",)
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,202 @@
+"""Write shards, whole and durable, into a work folder.
+
+A shard is computed whole, checked, encoded, written under temporary names, fsynced, renamed, and
+then its commit record likewise, last. A shard without a commit record does not exist. `publish`
+then gives the finished store its public path.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from filelock import FileLock
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from store.disk import check_room, disk_errors, free_bytes, make_folder, write_durably
+from store.errors import ManifestError
+from store.layout import ShardSpec, permute_rows
+from store.lock import lock_work
+from store.manifest import FileRecord, ShardRecord, StoreSpec, check_identity, locate_shard
+from store.metadata import check_metadata, create_metadata, list_metadata
+from store.numbers import RowNames, check_numbers, encode_numbers
+from store.publication import publish
+from store.shardfile import encode_shard
+from store.work import Commit, commit_path, committed_shards, read_commits, store_folder, sweep
+
+__all__ = [
+    "ShardRows",
+    "check_room",
+    "committed_shards",
+    "free_bytes",
+    "lock_work",
+    "prepare_work",
+    "publish",
+    "required_bytes",
+    "sweep",
+    "write_shard",
+]
+
+_METADATA_BYTES = 4096  # of one zarr.json: a block of common file systems
+_MANIFEST_BYTES = 512  # per shard file: hash, names, and a checksum per chunk
+
+
+class ShardRows(NamedTuple):
+    """One shard's rows in block-major order: block by block, position by position."""
+
+    acts: Mapping[str, Float[Tensor, "rows d_model"]]  # by hook, float32
+    grads: Mapping[str, Float[Tensor, "rows d_model"]]  # of the summed loss, nats per activation
+    tokens: Int[Tensor, " rows"]  # the token at the row's position
+    loss: Float[Tensor, " rows"]  # nats, of predicting the next token
+    block: Int[Tensor, " rows"]  # counted over the corpus split
+    position: Int[Tensor, " rows"]  # in the block
+
+
+def required_bytes(spec: StoreSpec) -> int:
+    """Bytes on disk of the finished store, metadata and manifest estimated."""
+    arrays = spec.arrays().values()
+    shards = sum(
+        spec.shard_format(array).file_bytes(shard.n_rows)
+        for array in arrays
+        for shard in spec.layout.shards
+    )
+    n_files = len(arrays) * len(spec.layout.shards)
+    return shards + n_files * _MANIFEST_BYTES + len(list_metadata(spec)) * _METADATA_BYTES
+
+
+def prepare_work(work: Path, spec: StoreSpec) -> None:
+    """Make the work folder of `spec` with its empty arrays, or check that it is that; idempotent.
+
+    Raises StoreMismatch if it belongs to another spec, StoreError if it cannot be written.
+    """
+    wanted = {"identity": spec.identity} | spec.as_dict()
+    spec_file, scratch = work / "spec.json", work / "scratch"
+    with disk_errors(work, needed_bytes=len(list_metadata(spec)) * _METADATA_BYTES):
+        make_folder(scratch)
+        try:
+            found = json.loads(spec_file.read_bytes())
+        except (FileNotFoundError, ValueError):
+            write_durably(spec_file, [json.dumps(wanted, indent=1).encode()], scratch=scratch)
+        else:
+            check_identity(
+                wanted, found, work, "Remove that folder and run `pipeline cache` again."
+            )
+        try:
+            check_metadata(store_folder(work), spec)
+        except ManifestError:
+            _write_metadata(work, spec, scratch)
+
+
+def _write_metadata(work: Path, spec: StoreSpec, scratch: Path) -> None:
+    """zarr-python writes in place, so it does that elsewhere."""
+    with tempfile.TemporaryDirectory(dir=scratch) as draft:
+        create_metadata(Path(draft), spec)
+        for path in list_metadata(spec):
+            write_durably(
+                store_folder(work) / path, [(Path(draft) / path).read_bytes()], scratch=scratch
+            )
+
+
+def write_shard(
+    work: Path,
+    spec: StoreSpec,
+    shard: ShardSpec,
+    rows: ShardRows,
+    *,
+    facts: Mapping[str, Any] | None = None,
+) -> ShardRecord:
+    """Check, permute, encode and commit one shard, unless it is committed; returns its record.
+
+    `facts` (who, when, how; JSON) go to provenance.json and decide nothing. Raises ValueError for
+    rows that are not the shard's, NumberRangeError for values that the formats cannot hold,
+    DiskFull, and StoreError for a folder that cannot be written.
+    """
+    columns = _list_columns(rows)
+    _check_rows(spec, shard, rows, columns)
+    arrays = spec.arrays()
+    statistics = {
+        path: check_numbers(
+            columns[path].reshape(shard.n_rows, -1),
+            array.numbers,
+            RowNames(shard.index, path, rows.block, rows.position),
+        )
+        for path, array in arrays.items()
+        if array.numbers.memory.is_floating_point
+    }
+    needed = sum(spec.shard_format(array).file_bytes(shard.n_rows) for array in arrays.values())
+    with disk_errors(work, needed), _lock_shard(work, shard.index):
+        commit = read_commits(work, spec, (shard,)).get(shard.index)
+        if commit is None:
+            files = _write_files(work, spec, shard, columns)
+            record = ShardRecord(**asdict(shard), files=files, statistics=statistics)
+            commit = Commit(record=record, facts=dict(facts or {}))
+            content = json.dumps(commit.model_dump(mode="json"), indent=1).encode()
+            write_durably(commit_path(work, shard.index), [content], scratch=work / "scratch")
+    return commit.record
+
+
+def _write_files(
+    work: Path, spec: StoreSpec, shard: ShardSpec, columns: Mapping[str, Tensor]
+) -> dict[str, FileRecord]:
+    order = permute_rows(spec.seed, shard.index, shard.n_rows)
+    files = {}
+    for path, array in spec.arrays().items():
+        stored = encode_numbers(columns[path], array.numbers)[order]
+        encoded = encode_shard(stored, spec.shard_format(array))
+        target = store_folder(work) / locate_shard(path, shard.index)
+        written = write_durably(target, encoded.pieces, scratch=work / "scratch")
+        files[path] = FileRecord(bytes=written.bytes, sha256=written.sha256, crc32c=encoded.crc32c)
+    return files
+
+
+def _list_columns(rows: ShardRows) -> dict[str, Tensor]:
+    columns = {
+        "tokens": rows.tokens,
+        "loss": rows.loss,
+        "block": rows.block,
+        "position": rows.position,
+    }
+    columns |= {f"{hook}/acts": values for hook, values in rows.acts.items()}
+    return columns | {f"{hook}/grads": values for hook, values in rows.grads.items()}
+
+
+def _check_rows(
+    spec: StoreSpec, shard: ShardSpec, rows: ShardRows, columns: Mapping[str, Tensor]
+) -> None:
+    """Raise ValueError unless these are the shard's rows, all of them, in block-major order."""
+    arrays = spec.arrays()
+    if columns.keys() != arrays.keys():
+        raise ValueError(
+            f"shard {shard.index}: expected columns {sorted(arrays)}, got {sorted(columns)}"
+        )
+    for path, values in columns.items():
+        expected = (shard.n_rows, *arrays[path].row_shape)
+        if tuple(values.shape) != expected:
+            raise ValueError(
+                f"{path} of shard {shard.index}: expected shape {expected}, "
+                f"got {tuple(values.shape)}"
+            )
+    block, position = rows.block.numpy() - shard.first_block, rows.position.numpy()
+    inside = (block >= 0) & (block < shard.n_blocks)
+    lengths = np.bincount(block[inside], minlength=shard.n_blocks)
+    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    if (
+        not inside.all()
+        or lengths.min() < 1
+        or lengths.max() > spec.context_length
+        or (block != np.repeat(np.arange(shard.n_blocks), lengths)).any()
+        or (position != np.arange(shard.n_rows) - starts).any()
+    ):
+        raise ValueError(
+            f"rows of shard {shard.index}: expected {shard} block by block, position by position"
+        )
+
+
+def _lock_shard(work: Path, shard: int) -> FileLock:
+    """Two workers with one shard take turns, so that files and record come from one of them."""
+    make_folder(work / "locks")
+    return FileLock(work / "locks" / f"{shard:05d}")

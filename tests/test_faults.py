@@ -1,0 +1,238 @@
+"""The faults that a user or a disk causes, each caused for real: one line, a non-zero exit, nothing
+lost.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import make_project, read_tree, run_cli
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    folder = make_project(tmp_path / "project")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """A project with corpus and store."""
+    folder = make_project(tmp_path_factory.mktemp("cached"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run_cli("cache") == 0
+    return folder
+
+
+@pytest.fixture
+def cached_project(cached, tmp_path, monkeypatch):
+    """A copy of it to harm."""
+    folder = tmp_path / "project"
+    shutil.copytree(cached, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def fails(capsys, *args, code=1):
+    """The command's one-line error; fails unless the exit code is `code`."""
+    assert run_cli(*args) == code
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return err
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["cahce"], "Did you mean cache?"),
+        (["cache", "--layr", "1"], "Did you mean '--layer'?"),
+        (["train", "--set", "train.beta=3"], "Did you mean train.betas?"),
+        (["cache", "--set", "cache.layers"], "expected KEY=VALUE"),
+        (["cache", "--profile", "tiyn"], "profile tiyn: expected one of demo, gpt2-small, tiny"),
+        # fault 2: wrong type or range
+        (["train", "--k", "65"], "train.ks: expected at most d_sae = 64, got 65"),
+        (["train", "--beta", "-1"], "train.betas.0: Input should be greater than or equal to 0"),
+        (["train", "--beta", "nan"], "train.betas.0: Input should be a finite number"),
+        (["train", "--beta", "much"], "'much' is not a valid float"),
+        (["train", "--set", "train.lr=.nan"], "train.lr: Input should be a finite number"),
+        (["train", "--set", "train.batch_size=-1"], "train.batch_size: Input should be greater"),
+        (["cache", "--dtype", "fp15"], "'fp15' is not one of"),
+        (
+            ["cache", "--set", "cache.acts_dtype=fp15"],
+            "cache.acts_dtype: Input should be 'float32'",
+        ),
+        (["cache", "--layer", "seven"], "'seven' is not a valid integer"),
+        # fault 4: unsafe YAML, here on the command line
+        (["cache", "--set", "cache.layers=!!python/object/apply:os.getcwd []"], "YAML at --set"),
+    ],
+)
+def test_1_2_4_wrong_words_and_values(project, monkeypatch, capsys, args, message):
+    monkeypatch.setattr("pipeline.model.load_model", None)  # none of these gets as far as a model
+    before = files_in(project)
+    assert message in fails(capsys, *args, code=2)
+    assert files_in(project) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("profile: tiny\nprofile: demo\n", "duplicate key"),
+        ("profile: !!python/name:os.system\n", "could not determine a constructor"),
+        ("profile: &a [*a, *a]\n", "YAML at params.yaml"),
+    ],
+)
+def test_4_unsafe_params_file(project, capsys, text, message):
+    (project / "params.yaml").write_text(text)
+    assert message in fails(capsys, "cache", "--dry-run", code=2)
+
+
+@pytest.mark.parametrize(
+    ("args", "messages"),
+    [
+        (["--layer", "99"], ["99", "0 to 2"]),
+        (["--hook", "resid_pots"], ["resid_pots", "resid_post"]),
+        (["--hook", "blocks.1.attn.hook_q"], ["blocks.1.attn.hook_q"]),
+    ],
+)
+def test_3_layers_and_hooks_that_the_model_lacks(project, monkeypatch, capsys, args, messages):
+    err = fails(capsys, "cache", *args)
+    assert all(message in err for message in messages), err
+    assert not (project / "stores").exists() or not list(
+        (project / "stores").glob(".work/*/commits/*")
+    )
+
+
+def test_5_empty_corpus(project, capsys):
+    shutil.rmtree(project / "texts")
+    (project / "texts").mkdir()
+    assert "texts" in fails(capsys, "corpus")
+    assert not (project / "data/tiny").exists()
+
+
+def test_5_shorter_than_one_block(project, capsys):
+    for path in (project / "texts").glob("*.txt"):
+        path.write_text("a" if path.name < "02" else "")
+    fails(capsys, "corpus")
+    assert not (project / "data/tiny").exists()
+
+
+def test_5_fewer_tokens_than_asked_for(project, capsys):
+    err = fails(capsys, "corpus", "--tokens", "10000000")
+    assert "10,000,000" in err
+    assert not list((project / "data").glob("tiny*"))
+
+
+def test_5_training_never_repeats_data_silently(cached_project, capsys):
+    err = fails(capsys, "train", "--tokens", "100000000")
+    assert "100000000" in err.replace(",", "")
+    assert not list((cached_project / "runs").glob("tiny*"))
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9 au lait", b"nul \x00 byte"])
+def test_6_text_that_is_not_text(project, capsys, content):
+    (project / "texts" / "17.txt").write_bytes(content)
+    err = fails(capsys, "corpus")
+    assert "17.txt" in err
+    assert str(min(content.find(b"\xe9") % 99, content.find(b"\x00") % 99)) in err  # the offset
+
+
+def test_16_a_read_only_folder_is_named_at_the_start(project):
+    """A read-only mount, which stops root as well."""
+    (project / "frozen").mkdir()
+    command = (
+        "mount --bind frozen frozen && mount -o remount,ro,bind frozen && "
+        f"exec {sys.executable} -m pipeline cache --out frozen/store"
+    )
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "frozen" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "cache:" not in done.stderr  # no progress: nothing was computed
+
+
+def test_20_zarr_json_that_claims_another_shape(cached_project, capsys):
+    path = cached_project / "stores/tiny/blocks.1.hook_resid_post/acts/zarr.json"
+    metadata = json.loads(path.read_text())
+    metadata["shape"][0] = 10**15
+    path.unlink()  # a hard link of the work folder's
+    path.write_text(json.dumps(metadata))
+    assert "zarr.json" in fails(capsys, "train")
+
+
+def test_20_zarr_json_cut_short(cached_project, capsys):
+    path = cached_project / "stores/tiny/zarr.json"
+    text = path.read_text()
+    path.unlink()
+    path.write_text(text[: len(text) // 2])
+    assert "zarr.json" in fails(capsys, "train")
+
+
+def test_21_another_tokenizer(cached_project, capsys):
+    path = cached_project / "model/tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"][0]["lstrip"] = True
+    path.write_text(json.dumps(tokenizer))
+    assert "tokenizer_hash: expected" in fails(capsys, "cache")
+
+
+def test_21_another_width_of_block(cached_project, capsys):
+    err = fails(capsys, "cache", "--set", "corpus.context_length=8", "--corpus", "data/tiny")
+    assert "context_length: expected 8, got 16" in err
+
+
+def test_21_another_store_in_the_way(cached_project, capsys):
+    before = read_tree(cached_project / "stores/tiny")
+    err = fails(capsys, "cache", "--layer", "2", "--dtype", "float32", "--out", "stores/tiny")
+    assert "hooks" in err
+    assert "acts_dtype" in err
+    assert read_tree(cached_project / "stores/tiny") == before
+
+
+def test_21_evaluating_with_another_store(cached_project, capsys):
+    assert run_cli("train") == 0
+    assert run_cli("cache", "--layer", "2") == 0
+    err = fails(capsys, "evaluate", "--store", "stores/tiny+layers=2")
+    assert "fingerprint" in err
+
+
+def test_22_activations_that_are_not_finite(project, capsys):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(project / "model/model.safetensors")
+    weights["transformer.h.2.mlp.c_proj.bias"][0] = float("nan")
+    save_file(weights, project / "model/model.safetensors", metadata={"format": "pt"})
+    fails(capsys, "cache")
+    assert not (project / "stores/tiny").exists()
+
+
+def test_22_float16_overflow(project, capsys):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(project / "model/model.safetensors")
+    weights["transformer.h.1.mlp.c_proj.bias"][3] = 1e6
+    save_file(weights, project / "model/model.safetensors", metadata={"format": "pt"})
+    err = fails(capsys, "cache")
+    assert "saturating in float16" in err
+    assert "shard 0, block 0, position 0" in err
+    assert run_cli("cache", "--dtype", "bfloat16") == 0
+
+
+def test_debug_shows_the_traceback(project):
+    with pytest.raises(Exception, match="99"):
+        run_cli("--debug", "cache", "--layer", "99")
