@@ -144,7 +144,7 @@ def dask_mapper(*, workers: int, scheduler: str | None) -> Iterator[Mapper]:
             yield map_on(client)
         return
     with (
-        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         # The nanny pins torch to one thread per worker; share the cores instead.

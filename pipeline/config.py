@@ -22,6 +22,7 @@ Index = Annotated[int, Field(ge=0)]
 Rate = Annotated[FiniteFloat, Field(gt=0)]
 Weight = Annotated[FiniteFloat, Field(ge=0)]
 Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
+OpenFraction = Annotated[FiniteFloat, Field(gt=0, lt=1)]
 NumberFormat = Literal["float32", "float16", "bfloat16"]
 
 # YAML gives lists where these want tuples, so strictness holds for their items only.
@@ -52,13 +53,11 @@ class CorpusConfig(Section):
     split: str  # the hub dataset's split
     column: str  # the column or key with the text, or with token ids where those are integers
     context_length: Count  # rows per block; a block has one token more, its last target
-    packing: Literal["packed", "per_document"]
-    prepend_bos: bool
+    packing: Literal["packed", "per_document"]  # documents joined, or one cut and padded per block
+    prepend_bos: bool  # begin every block with the beginning-of-text token
     train_tokens: Count | None  # stop after this many; null takes all there are
-    held_out_tokens: Count | None
-    held_out_fraction: Annotated[
-        FiniteFloat, Field(gt=0, lt=1)
-    ]  # of documents, by hash of their id
+    held_out_tokens: Count | None  # the same for the held-out split
+    held_out_fraction: OpenFraction  # of documents, by hash of their id
     max_document_mb: Count  # a longer document is an error, for it would have to fit in memory
 
 
@@ -66,9 +65,9 @@ class CacheConfig(Section):
     """Which activations and gradients, and in which numbers."""
 
     hook: str  # resid_pre, resid_mid, resid_post, attn_out, mlp_out, or a TransformerLens hook name
-    layers: Annotated[Indices, Field(min_length=1)]
-    acts_dtype: NumberFormat
-    grads_dtype: NumberFormat
+    layers: Annotated[Indices, Field(min_length=1)]  # all from one pass over the model
+    acts_dtype: NumberFormat  # float32, float16 or bfloat16
+    grads_dtype: NumberFormat  # the same, for gradients
     precision: Literal["float32", "bfloat16"]  # of the forward and backward pass
     batch_blocks: Count  # blocks per model batch
     shard_mb: Count  # target size of one shard's activations
@@ -79,23 +78,23 @@ class TrainConfig(Section):
     """Which SAEs, and how they train; betas x ks x seeds share one pass over the stream."""
 
     hook: str | None  # which of the store's hooks; null where it has only one
-    betas: Weights
-    ks: Counts
-    seeds: Annotated[Indices, Field(min_length=1)]
-    d_sae: Count
+    betas: Weights  # weight of the gradient in the selection; 0 is TopK
+    ks: Counts  # latents kept per row
+    seeds: Annotated[Indices, Field(min_length=1)]  # of the decoder's start
+    d_sae: Count  # latents
     loss_tokens: Count  # beta / loss_tokens weighs the gradient of the summed loss
-    decoder_norm: Literal["unit", "free"]
+    decoder_norm: Literal["unit", "free"]  # unit: rows of W_dec kept at norm 1
     input_scaling: Literal["none", "mean_norm"]  # mean_norm: to a mean row norm of sqrt(d_model)
     batch_size: Count  # rows
-    epochs: Count
+    epochs: Count  # passes over the store
     tokens: Count | None  # stop after this many; null is all epochs
-    lr: Rate
+    lr: Rate  # Adam's
     lr_warmup_fraction: Fraction  # of the steps
     lr_decay_fraction: Fraction  # of the steps, linearly to zero at the end
     exclude_positions: Indices  # positions of a block that training leaves out
     window_shards: Count  # shards that are interleaved
-    shuffle_seed: Index
-    log_every: Count  # steps
+    shuffle_seed: Index  # of the stream's order
+    log_every: Count  # steps between logged rows
 
     @model_validator(mode="after")
     def _agree(self) -> "TrainConfig":
@@ -110,7 +109,7 @@ class EvaluateConfig(Section):
     """How much held-out text, in what batches."""
 
     tokens: Count | None  # null is all that the corpus holds out
-    batch_blocks: Count
+    batch_blocks: Count  # blocks per model batch
     loss_tokens: Counts  # beta * |a| / loss_tokens is reported for each
 
 
@@ -194,6 +193,6 @@ def _explain(error: ValidationError, path: Path) -> Iterator[str]:
         elif problem["type"] == "missing":
             yield f"configuration at {path}: {key}: missing. A profile lists every key."
         elif problem["type"] == "value_error":  # a cross-check of ours, which says what it got
-            yield f"configuration at {path}: {key}.{problem['ctx']['error']}."
+            yield f"configuration at {path}: {key}.{problem['msg'].removeprefix('Value error, ')}."
         else:
             yield f"configuration at {path}: {key}: {problem['msg']}, got {problem['input']!r:.60}."

@@ -1,11 +1,11 @@
 """What can go wrong in the pipeline, apart from the store (store.errors).
 
     PipelineError
-    ├── ConfigError     a setting is unknown, of the wrong type or out of range, or contradicts another
+    ├── ConfigError     a setting is unknown, of the wrong type or range, or contradicts another
     ├── CorpusError     the text cannot be read, or there is too little of it
     ├── ModelError      the language model cannot be loaded, or lacks what was asked of it
     ├── CaptureError    activations, gradients or losses are missing or not finite
-    └── TrainError      training or loading an SAE failed (NaN loss, foreign or incomplete checkpoint)
+    └── TrainError      an SAE cannot be trained or loaded (NaN loss, foreign store, damaged file)
 
 Every message says what, where, expected and got, and which command to run next.
 """

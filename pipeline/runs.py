@@ -34,7 +34,8 @@ class Run(NamedTuple):
         if manifest.fingerprint != self.fingerprint:
             raise TrainError(
                 f"store for the SAEs at {self.folder}: expected fingerprint "
-                f"{self.fingerprint[:16]}, got {manifest.fingerprint[:16]}. Name theirs with --store, or train again."
+                f"{self.fingerprint[:16]}, got {manifest.fingerprint[:16]}. "
+                "Name theirs with --store, or train again."
             )
 
 
@@ -42,16 +43,15 @@ def plan_training(config: TrainConfig, store_folder: Path) -> TrainPlan:
     """Open the store and count its batches; raises TrainError for a foreign hook or few rows."""
     store = open_store(store_folder)
     hooks = store.manifest.hooks
-    if config.hook is None and len(hooks) > 1:
+    wanted = hooks if config.hook is None else (config.hook,)
+    if len(wanted) != 1 or wanted[0] not in hooks:
         raise TrainError(
-            f"train.hook for {store_folder}: expected one of {', '.join(hooks)}, got none."
+            f"train.hook for {store_folder}: expected one of {', '.join(hooks)}, "
+            f"got {config.hook or 'none'}. Pass --hook."
         )
-    hook = config.hook or hooks[0]
-    if hook not in hooks:
-        raise TrainError(
-            f"train.hook for {store_folder}: expected one of {', '.join(hooks)}, got {hook}."
-        )
-    return TrainPlan(store, hook, plan_steps(config, count_rows(store, config.exclude_positions)))
+    return TrainPlan(
+        store, wanted[0], plan_steps(config, count_rows(store, config.exclude_positions))
+    )
 
 
 def run_training(

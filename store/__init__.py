@@ -1,9 +1,10 @@
-"""Activations and gradients of a language model, in a Zarr store that gives back exactly what was
-written.
+"""A Zarr store of a language model's activations and gradients: exactly what was written.
 
-import store
-rows = store.open_store("stores/demo").read_block(3)
-rows.acts, rows.grads                                    # [context_length, d_model]
+    import store
+    rows = store.open_store("stores/demo").read_block(3)
+    rows.acts, rows.grads                                   # [context_length, d_model]
+
+Writing is prepare_work, write_shard for each shard, publish. docs/format.md is the format.
 """
 
 from store.errors import (

@@ -37,8 +37,7 @@ def check_room(path: Path, needed_bytes: int) -> None:
 
 @contextmanager
 def disk_errors(path: Path, needed_bytes: int) -> Iterator[None]:
-    """Turn a full disk into DiskFull, and a folder that cannot be written into a StoreError that
-    names it."""
+    """Turn a full disk into DiskFull, and a refusal to write into a StoreError naming `path`."""
     try:
         yield
     except OSError as error:
@@ -47,8 +46,7 @@ def disk_errors(path: Path, needed_bytes: int) -> Iterator[None]:
         if error.errno in _REFUSED:
             raise StoreError(
                 f"folder at {path}: expected one that can be written, got {error.strerror} for "
-                f"{error.filename}. "
-                "Make it writable or choose another folder (--store)."
+                f"{error.filename}. Make it writable or choose another folder (--out)."
             ) from error
         raise
 
@@ -74,10 +72,9 @@ def fsync_folder(path: Path) -> None:
 def write_durably(
     path: Path, pieces: Iterable[bytes | memoryview], *, scratch: Path
 ) -> WrittenFile:
-    """Write `path` so that after a crash it is whole or absent: temporary name in `scratch`, fsync,
-    rename, fsync folder.
+    """Write `path` so that after a crash it is whole or absent.
 
-    `scratch` is a folder on the same file system.
+    A temporary name in `scratch`, a folder on the same file system; fsync, rename, fsync folder.
     """
     temporary = scratch / uuid.uuid4().hex
     make_folder(scratch)
@@ -100,8 +97,7 @@ def write_durably(
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Make `target` a folder with the same files as `source`: hard links, or copies where links are
-    refused. Durable."""
+    """Make `target` a durable copy of `source`, by hard links where the file system allows them."""
     make_folder(target)
     for entry in sorted(source.iterdir()):
         if entry.is_dir():

@@ -88,8 +88,7 @@ def plan_shards(
 
 
 def check_layout(layout: StoreLayout, context_length: int) -> None:
-    """Raise ValueError unless the layout's numbers agree with each other, as plan_shards makes
-    them."""
+    """Raise ValueError unless the layout's numbers agree, as those of plan_shards do."""
     rows_per_chunk, rows_per_shard, blocks_per_shard, shards, n_slots, n_rows = layout
     if not shards or min(rows_per_chunk, rows_per_shard, context_length) < 1:
         raise ValueError("layout: expected at least one shard of at least one row")
@@ -134,11 +133,11 @@ def permute_rows(seed: int, shard_index: int, n_rows: int) -> np.ndarray:
 
 
 def draw_keys(words: Sequence[int], n: int) -> np.ndarray:
-    """n pseudo-random uint64, a pure function of the words: splitmix64 (Steele, Lea & Flood 2014,
-    section 4).
+    """n pseudo-random uint64, a pure function of the words.
 
-    state = 0;  for each word: state = mix(state XOR word);  key_j = mix(state + j * gamma), all
-    modulo 2**64.
+    state = 0;  for each word: state = mix(state XOR word);  key_j = mix(state + j * gamma)
+
+    modulo 2**64, where mix and gamma are splitmix64's (Steele, Lea & Flood 2014, section 4).
     """
     state = np.zeros(1, np.uint64)
     for word in words:
@@ -147,8 +146,7 @@ def draw_keys(words: Sequence[int], n: int) -> np.ndarray:
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
-    """One step of splitmix64: the output for this state. Array arithmetic, so that it wraps without
-    warnings."""
+    """One step of splitmix64. For arrays, whose arithmetic wraps without warnings."""
     state = state + _GAMMA
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,5 +1,4 @@
-"""The zarr.json files: what Zarr readers see of a store. zarr-python writes them, we check them
-against the manifest."""
+"""The zarr.json files: written by zarr-python, checked by us against the manifest."""
 
 import json
 import math
@@ -46,8 +45,7 @@ def create_metadata(folder: Path, spec: StoreSpec) -> None:
 
 
 def check_metadata(folder: Path, spec: StoreSpec) -> None:
-    """Raise ManifestError where a zarr.json is missing, cut, or describes other arrays than the
-    manifest."""
+    """Raise ManifestError where a zarr.json is missing, cut, or not what the manifest asks for."""
     for path, expected in list_metadata(spec).items():
         file = folder / path
         try:

@@ -1,5 +1,4 @@
-"""One shard of one array as one file: the Zarr v3 `sharding_indexed` codec, written and checked by
-ourselves.
+"""One shard of one array as one file: Zarr v3 `sharding_indexed`, with every check our own.
 
     chunk 0 | crc32c | chunk 1 | crc32c | ... | index | crc32c
 
@@ -83,8 +82,7 @@ def encode_index(n_rows: int, shard_format: ShardFormat) -> bytes:
 
 
 def check_shard(file: int, shard_format: ShardFormat, n_rows: int, where: str) -> None:
-    """Raise ShardCorrupt unless the open file has the size and the index that `n_rows` rows
-    have."""
+    """Raise ShardCorrupt unless the open file has the size and index that `n_rows` rows have."""
     expected, found = shard_format.file_bytes(n_rows), os.fstat(file).st_size
     if found != expected:
         raise ShardCorrupt(f"shard file at {where}: expected {expected} bytes, got {found}. {MEND}")
@@ -98,8 +96,7 @@ def check_shard(file: int, shard_format: ShardFormat, n_rows: int, where: str) -
 def read_chunk(
     file: int, chunk: int, shard_format: ShardFormat, checksums: Sequence[int], where: str
 ) -> np.ndarray:
-    """Chunk number `chunk` of an open file, read-only [rows_per_chunk, *row_shape], padding
-    included.
+    """Chunk number `chunk` of an open file: [rows_per_chunk, *row_shape], read-only, with padding.
 
     Raises ShardCorrupt unless its numbers and its stored checksum both match `checksums[chunk]`,
     the manifest's.

@@ -53,8 +53,7 @@ def plan_epoch(
 
 
 def even_window(n_shards: int, window: int) -> int:
-    """The widest window that splits the shards into equal groups (to one) no wider than
-    `window`."""
+    """The widest window up to `window` that splits the shards into groups of equal size, to one."""
     n_groups = -(-n_shards // window)
     return -(-n_shards // n_groups) if n_groups else 0
 

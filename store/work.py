@@ -1,11 +1,13 @@
 """The work folder: which shards of a store are committed.
 
-<work>/store/              the growing Zarr group
-<work>/commits/00003.json  {"record": ..., "facts": ...}: shard 3 exists because this file does
-<work>/spec.json           what the work folder is for
-<work>/scratch/            files without their final name yet
-<work>/lock, holder.json   one driver at a time, and who it is
-<work>/locks/00003         one writer per shard at a time
+    <work>/store/              the growing Zarr group
+    <work>/commits/00003.json  {"record": ..., "facts": ...}: shard 3 exists because this file does
+    <work>/spec.json           what the work folder is for
+    <work>/scratch/            files without their final name yet
+    <work>/lock, holder.json   one driver at a time, and who it is
+    <work>/locks/00003         one writer per shard at a time
+
+Beside the store that it becomes, so that publishing is a matter of hard links.
 """
 
 import shutil

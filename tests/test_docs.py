@@ -11,6 +11,7 @@ from pipeline.config import known_keys
 from tests.tiny import run_cli
 
 REPOSITORY = Path(__file__).parents[1]
+SET_UP = "python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt "
 GENERATE = runpy.run_path(str(REPOSITORY / "docs" / "generate.py"))
 
 
@@ -31,8 +32,8 @@ def test_every_setting_is_explained():
 def test_readme_has_the_two_commands_that_ci_runs():
     commands = re.findall(r"^python3 -m venv .*$", (REPOSITORY / "README.md").read_text(), re.M)
     assert commands == [
-        "python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt -e . && dvc repro",
-        "python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt -e '.[test]' && pytest",
+        SET_UP + "-e . && dvc repro",
+        SET_UP + "-e '.[test]' && pytest",
     ]
     assert "grep '^python3 -m venv' README.md" in (REPOSITORY / ".ci" / "run").read_text()
 

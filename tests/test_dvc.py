@@ -60,7 +60,7 @@ def closure(entry: str, *, stop: set[str]) -> set[str]:
     while waiting:
         path = waiting.pop()
         reached.add(path)
-        if path not in stop:
+        if path not in stop or path.endswith("__init__.py"):
             waiting |= imports_of(REPOSITORY / path) - reached
     return reached
 

@@ -104,7 +104,7 @@ def test_4_unsafe_params_file(project, capsys, text, message):
         (["--hook", "blocks.1.attn.hook_q"], ["blocks.1.attn.hook_q"]),
     ],
 )
-def test_3_layers_and_hooks_that_the_model_lacks(project, monkeypatch, capsys, args, messages):
+def test_3_layers_and_hooks_that_the_model_lacks(project, capsys, args, messages):
     err = fails(capsys, "cache", *args)
     assert all(message in err for message in messages), err
     assert not (project / "stores").exists() or not list(
@@ -191,7 +191,8 @@ def test_21_another_tokenizer(cached_project, capsys):
     assert "tokenizer_hash: expected" in fails(capsys, "cache")
 
 
-def test_21_another_width_of_block(cached_project, capsys):
+@pytest.mark.usefixtures("cached_project")
+def test_21_another_width_of_block(capsys):
     err = fails(capsys, "cache", "--set", "corpus.context_length=8", "--corpus", "data/tiny")
     assert "context_length: expected 8, got 16" in err
 
@@ -204,7 +205,8 @@ def test_21_another_store_in_the_way(cached_project, capsys):
     assert read_tree(cached_project / "stores/tiny") == before
 
 
-def test_21_evaluating_with_another_store(cached_project, capsys):
+@pytest.mark.usefixtures("cached_project")
+def test_21_evaluating_with_another_store(capsys):
     assert run_cli("train") == 0
     assert run_cli("cache", "--layer", "2") == 0
     err = fails(capsys, "evaluate", "--store", "stores/tiny+layers=2")
@@ -233,6 +235,7 @@ def test_22_float16_overflow(project, capsys):
     assert run_cli("cache", "--dtype", "bfloat16") == 0
 
 
-def test_debug_shows_the_traceback(project):
+@pytest.mark.usefixtures("project")
+def test_debug_shows_the_traceback():
     with pytest.raises(Exception, match="99"):
         run_cli("--debug", "cache", "--layer", "99")

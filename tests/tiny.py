@@ -62,7 +62,8 @@ def write_texts(folder: Path, n: int = 40) -> None:
     """Text files of a few hundred words each, always the same."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    words = "the cat sat on a mat and then that rat ran to tea at noon".split()
+    text = "the cat sat on a mat and then that rat ran to tea at noon"
+    words = text.split()
     for i in range(n):
         text = " ".join(rng.choice(words, size=int(rng.integers(100, 300))))
         (folder / f"{i:02}.txt").write_text(text)

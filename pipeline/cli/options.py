@@ -125,7 +125,7 @@ def selected_profile(params: Path) -> str:
     selected = parse_yaml(params.read_text(encoding="utf-8"), where=str(params))
     if not isinstance(selected, dict) or not isinstance(selected.get("profile"), str):
         raise ConfigError(
-            f"configuration at {params}: expected a key `profile` with a name, got {selected!r:.50}."
+            f"configuration at {params}: expected `profile: <name>`, got {selected!r:.60}."
         )
     return selected["profile"]
 

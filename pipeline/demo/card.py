@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from pipeline.demo import recipe
 from pipeline.demo.library import is_unseen, list_library, list_library_tests, read_library
@@ -39,7 +39,7 @@ class Measured(NamedTuple):
 
 def measure_files(
     model: GPT2LMHeadModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     names: list[str],
     unigram: np.ndarray,
 ) -> Measured:

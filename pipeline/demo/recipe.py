@@ -10,8 +10,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ def build_optimizer(model: GPT2LMHeadModel) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
 
 
-def loss_of(model: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
+def loss_of(model: Callable[..., Any], windows: torch.Tensor) -> torch.Tensor:
     """Mean next-token cross-entropy in nats over windows [batch, CONTEXT_LENGTH + 1]."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(windows[:, :-1]).logits

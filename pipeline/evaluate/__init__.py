@@ -17,7 +17,7 @@ from pipeline.evaluate.measure import MODES, evaluate_saes
 from pipeline.files import write_json
 from pipeline.model import load_model, locate_checkpoint
 from pipeline.runs import read_run
-from pipeline.sae import load_sae
+from pipeline.sae import load_sae, read_sae_config
 from store import ActivationStore, open_store
 
 _QUANTILES = 101  # points of each firing-frequency curve
@@ -57,6 +57,8 @@ def evaluate_run(
         loss_tokens=config.evaluate.loss_tokens,
         on_progress=on_progress,
     )
+    for name, sae in metrics["saes"].items():
+        sae["seed"] = read_sae_config(run_folder / name).training["seed"]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "metrics.json", metrics)
     _write_csv(out / "saes.csv", _rows_by_sae(metrics["saes"]))
@@ -85,7 +87,7 @@ def _rows_by_sae(saes: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _firing_curves(activities: Mapping[str, Mapping[str, Activity]]) -> list[dict[str, Any]]:
-    """Quantiles of each SAE's firing frequencies: the fraction of tokens on which a latent fires."""
+    """Quantiles of each SAE's firing frequencies: fractions of tokens on which a latent fires."""
     fractions = torch.linspace(0, 1, _QUANTILES)
     rows = []
     for name, modes in activities.items():
