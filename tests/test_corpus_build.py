@@ -153,24 +153,27 @@ def test_a_tokenizer_without_rust_behind_it(tmp_path, source):
         write_corpus(corpus_config(source), ByT5Tokenizer(), tmp_path / "out")
 
 
+# Not ru_maxrss: a child begins with the peak of the process that started it, and so hides its own.
 MEASURED = """
-import resource, sys
+import sys
 from pathlib import Path
 from pipeline.corpus import write_corpus
 from tests.corpora import byte_tokenizer, corpus_config, some_texts, write_jsonl
 
-def peak_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+def memory_mb(name):
+    line = next(line for line in open("/proc/self/status") if line.startswith(name))
+    return int(line.split()[1]) / 1000
 
 folder = Path(sys.argv[1])
 warm = corpus_config(write_jsonl(folder / "warm.jsonl", some_texts()))
 write_corpus(warm, byte_tokenizer(), folder / "warm")
-before = peak_mb()
+Path("/proc/self/clear_refs").write_text("5")  # the peak, VmHWM, starts again from here
+before = memory_mb("VmRSS")
 big = corpus_config(folder / "big.parquet", column="ids", context_length=256)
 corpus = write_corpus(big, byte_tokenizer(), folder / "out")
 tokens = sum(record.tokens for record in corpus.manifest.splits.values())
 corpus.read_blocks("train", corpus.n_blocks("train") - 8, 8)
-print(tokens, peak_mb() - before)
+print(tokens, memory_mb("VmHWM") - before)
 """
 
 
@@ -191,4 +194,5 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     assert done.returncode == 0, done.stderr
     tokens, grown_mb = done.stdout.split()
     assert int(tokens) > 29_000_000
-    assert float(grown_mb) < 60
+    # Measured: 87, and as much for half and for twice the corpus; 359 if the column is read at once.
+    assert float(grown_mb) < 150

@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
-from numpy.lib.stride_tricks import sliding_window_view
 
 Ids = Int32[np.ndarray, " n_tokens"]
 BlockTokens = Int32[np.ndarray, "n_blocks context_and_one"]
@@ -34,17 +33,10 @@ def cut_stream(stream: Ids, packing: Packing) -> tuple[BlockTokens, Int32[np.nda
     context = packing.context_length
     if packing.bos is None:
         n_blocks = max(0, len(stream) - 1) // context
-        windows = (
-            sliding_window_view(stream, context + 1)[: n_blocks * context : context]
-            if n_blocks
-            else None
-        )
+        blocks = stream[np.arange(n_blocks)[:, None] * context + np.arange(context + 1)]
     else:
         n_blocks = len(stream) // context
-        windows = _prepend(stream[: n_blocks * context].reshape(n_blocks, context), packing.bos)
-    blocks = (
-        np.empty((0, context + 1), np.int32) if windows is None else np.ascontiguousarray(windows)
-    )
+        blocks = _prepend(stream[: n_blocks * context].reshape(n_blocks, context), packing.bos)
     return blocks, stream[n_blocks * context :]
 
 
@@ -55,7 +47,7 @@ def cut_document(ids: Ids, packing: Packing) -> tuple[BlockTokens, int]:
     """
     begun = ids if packing.bos is None else _prepend(ids[None], packing.bos)[0]
     begun = begun[: packing.context_length + 1]
-    if len(begun) < 2 or not len(ids):
+    if len(begun) < 2:
         return np.empty((0, packing.context_length + 1), np.int32), 0
     block = np.full((1, packing.context_length + 1), packing.separator, np.int32)
     block[0, : len(begun)] = begun

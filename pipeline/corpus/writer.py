@@ -32,9 +32,8 @@ class PartWriter:
         self._schema = pa.schema(
             [pa.field(name, kind, nullable=False) for name, kind in columns.items()]
         )
-        self._pending: list[
-            Int32[np.ndarray, "n_blocks width"]
-        ] = []  # each row is a block and its length
+        # Each row is a block, followed by its length.
+        self._pending: list[Int32[np.ndarray, "n_blocks width"]] = []
         self._content = hashlib.sha256()
         self._parts: list[Part] = []
         self._part_blocks = 0
