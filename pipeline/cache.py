@@ -21,6 +21,7 @@ from pipeline.corpus import Corpus, open_corpus
 from pipeline.model import LanguageModel, load_model
 from store.layout import ShardSpec
 from store.manifest import Manifest, StoreSpec
+from store.publication import find_published
 from store.writer import (
     ShardRows,
     check_room,
@@ -43,12 +44,15 @@ def run_cache(
     overwrite: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Manifest:
-    """Compute the missing shards and publish the store; a finished store of equal fingerprint is
-    adopted.
+    """Compute the missing shards and publish the store.
 
-    Holds the work folder's lock throughout: StoreLocked names whoever else does. Killed at any
-    moment, a second call computes only the shards that were not committed.
+    A finished store of equal fingerprint is left as it is, or adopted from the work folder. Holds
+    the work folder's lock throughout: StoreLocked names whoever else does. Killed at any moment, a
+    second call computes only the shards that were not committed.
     """
+    published = find_published(plan.spec, plan.out, overwrite=overwrite)
+    if published is not None:
+        return published
     work = plan.settings.work
     with lock_work(work):
         prepare_work(work, plan.spec)

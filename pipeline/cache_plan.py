@@ -19,6 +19,7 @@ from pipeline.model import (
 )
 from store.layout import ShardSpec, StoreLayout, plan_shards
 from store.manifest import FORMAT_VERSION, StoreSpec
+from store.publication import find_published
 from store.writer import committed_shards, free_bytes, required_bytes
 
 BYTES_PER_NUMBER = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -49,12 +50,14 @@ class CachePlan(NamedTuple):
     estimated_s: float
 
 
-def plan_cache(config: Config, corpus_folder: Path, out: Path) -> CachePlan:
-    """Decide identity, layout and work of the store of a corpus; a corpus not yet made is planned
-    for.
+def plan_cache(
+    config: Config, corpus_folder: Path, out: Path, *, overwrite: bool = False
+) -> CachePlan:
+    """Decide identity, layout and work of a corpus's store; a corpus not yet made is planned for.
 
-    Raises ModelError for a hook or layer that the model lacks or a context that it cannot hold,
-    CorpusError for a corpus made with other settings.
+    Raises ModelError for a hook or layer that the model lacks, ConfigError for a context that it
+    cannot hold, CorpusError for a corpus made with other settings, and StoreMismatch if `out` holds
+    another store and is not to be overwritten.
     """
     checkpoint = locate_checkpoint(config.model.name, config.model.revision)
     facts = read_facts(checkpoint)
@@ -73,9 +76,13 @@ def plan_cache(config: Config, corpus_folder: Path, out: Path) -> CachePlan:
         seed=config.cache.seed,
         layout=layout,
     )
-    work = out.parent / ".work" / spec.fingerprint[:16]
-    committed = committed_shards(work, spec)
-    missing = tuple(shard for shard in layout.shards if shard.index not in committed)
+    work = (
+        out.absolute().parent / ".work" / spec.fingerprint[:16]
+    )  # absolute: workers run elsewhere
+    missing: tuple[ShardSpec, ...] = ()
+    if find_published(spec, out, overwrite=overwrite) is None:
+        committed = committed_shards(work, spec)
+        missing = tuple(shard for shard in layout.shards if shard.index not in committed)
     missing_rows = sum(shard.n_rows for shard in missing)
     store_bytes = required_bytes(spec)
     device = pick_device(config.run.device)
@@ -83,7 +90,7 @@ def plan_cache(config: Config, corpus_folder: Path, out: Path) -> CachePlan:
         spec=spec,
         settings=CaptureSettings(
             work=work,
-            corpus=corpus_folder,
+            corpus=corpus_folder.absolute(),
             checkpoint=checkpoint,
             weight_processing=config.model.weight_processing,
             precision=config.cache.precision,

@@ -194,5 +194,5 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     assert done.returncode == 0, done.stderr
     tokens, grown_mb = done.stdout.split()
     assert int(tokens) > 29_000_000
-    # Measured: 87, and as much for half and for twice the corpus; 359 if the column is read at once.
+    # Measured: 87, and as much for half and twice the corpus; 359 if the column is read at once.
     assert float(grown_mb) < 150

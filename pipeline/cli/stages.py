@@ -67,7 +67,7 @@ def cache(
     corpus_path, out = corpus_path or run.paths.corpus, out or run.paths.store
     if not corpus_path.exists() and not dry_run:
         _make_corpus(run, corpus_path, overwrite=False)
-    plan = plan_cache(run.config, corpus_path, out)
+    plan = plan_cache(run.config, corpus_path, out, overwrite=overwrite)
     _print_plan(plan)
     if dry_run:
         return
