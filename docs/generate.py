@@ -35,7 +35,11 @@ def render_cli() -> str:
 
 def _help_section(path: tuple[str, ...], command: click.Command) -> str:
     context = click.Context(
-        command, info_name=" ".join(path), max_content_width=100, terminal_width=100
+        command,
+        info_name=" ".join(path),
+        max_content_width=100,
+        terminal_width=100,
+        help_option_names=["-h", "--help"],
     )
     return f"## {' '.join(path)}\n\n```text\n{command.get_help(context)}\n```\n"
 

@@ -17,8 +17,9 @@ import torch
 
 from pipeline.cache_plan import CachePlan, CaptureSettings
 from pipeline.capture import capture
-from pipeline.corpus import Corpus, open_corpus
-from pipeline.model import LanguageModel, load_model
+from pipeline.corpus.reader import Corpus, open_corpus
+from pipeline.errors import ConfigError, CorpusError, ModelError, PipelineError
+from pipeline.model import LanguageModel, hash_weights, load_model
 from store.layout import ShardSpec
 from store.manifest import Manifest, StoreSpec
 from store.publication import find_published
@@ -32,6 +33,8 @@ from store.writer import (
     sweep,
     write_shard,
 )
+
+_SCHEDULER_TIMEOUT_S = 10
 
 Mapper = Callable[[Callable[[ShardSpec], int], Iterable[ShardSpec]], Iterable[int]]
 
@@ -71,8 +74,10 @@ def run_cache(
 def compute_shard(settings: CaptureSettings, spec: StoreSpec, shard: ShardSpec) -> int:
     """Capture one shard's blocks and commit them; returns its number of rows. Idempotent."""
     started = time.monotonic()
-    model = _load_model_once(settings.checkpoint, settings.weight_processing, settings.device)
-    corpus = _open_corpus_once(settings.corpus)
+    model = _load_model_once(
+        settings.checkpoint, settings.weights_hash, settings.weight_processing, settings.device
+    )
+    corpus = _open_corpus_once(settings.corpus, settings.corpus_fingerprint)
     rows = capture_shard(model, corpus, spec, shard, settings)
     facts = {
         "host": socket.gethostname(),
@@ -134,17 +139,30 @@ def _capture_batches(
 @contextmanager
 def dask_mapper(*, workers: int, scheduler: str | None) -> Iterator[Mapper]:
     """A mapper over a LocalCluster of `workers` processes, or over the cluster at `scheduler`."""
-    from distributed import Client, LocalCluster, as_completed
+    from distributed import Client, KilledWorker, LocalCluster, as_completed
 
     def map_on(client: Client) -> Mapper:
         def mapper(function: Callable, items: Iterable) -> Iterator[int]:
             futures = client.map(function, list(items), pure=False, retries=2)
-            yield from (future.result() for future in as_completed(futures))
+            try:
+                yield from (future.result() for future in as_completed(futures))
+            except KilledWorker as error:
+                raise PipelineError(
+                    f"cache: expected workers that survive, got {error}. The committed shards are "
+                    "kept: run the same command again, with fewer --workers if memory was short."
+                ) from None
 
         return mapper
 
     if scheduler is not None:
-        with Client(scheduler) as client:
+        try:
+            client = Client(scheduler, timeout=_SCHEDULER_TIMEOUT_S)
+        except (OSError, ValueError) as error:  # TimeoutError is an OSError
+            raise ConfigError(
+                f"run.scheduler at {scheduler}: expected a running dask scheduler such as "
+                f"tcp://host:8786, got {type(error).__name__}. Start one with `dask scheduler`."
+            ) from None
+        with client:
             yield map_on(client)
         return
     with (
@@ -157,10 +175,25 @@ def dask_mapper(*, workers: int, scheduler: str | None) -> Iterator[Mapper]:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_model_once(checkpoint: Path, weight_processing: str, device: str) -> LanguageModel:
+def _load_model_once(
+    checkpoint: Path, weights_hash: str, weight_processing: str, device: str
+) -> LanguageModel:
+    """The model whose weights were planned for: a worker may see another file at the same path."""
+    found = hash_weights(checkpoint)
+    if found != weights_hash:
+        raise ModelError(
+            f"weights at {checkpoint} on {socket.gethostname()}: expected hash "
+            f"{weights_hash[:16]}, got {found[:16]}. Give every worker the same checkpoint."
+        )
     return load_model(checkpoint, weight_processing=weight_processing, device=device)
 
 
 @functools.lru_cache(maxsize=1)
-def _open_corpus_once(folder: Path) -> Corpus:
-    return open_corpus(folder)
+def _open_corpus_once(folder: Path, fingerprint: str) -> Corpus:
+    corpus = open_corpus(folder)
+    if corpus.manifest.fingerprint != fingerprint:
+        raise CorpusError(
+            f"corpus at {folder} on {socket.gethostname()}: expected fingerprint "
+            f"{fingerprint[:16]}, got {corpus.manifest.fingerprint[:16]}. Give all workers one."
+        )
+    return corpus

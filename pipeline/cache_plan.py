@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.config import CacheConfig, Config
-from pipeline.corpus import Corpus, hash_tokenizer, open_corpus
+from pipeline.corpus.build import describe_corpus
+from pipeline.corpus.reader import Corpus, open_corpus
 from pipeline.device import pick_device, product_rate
 from pipeline.errors import ConfigError, CorpusError
 from pipeline.model import (
@@ -30,7 +31,9 @@ class CaptureSettings(NamedTuple):
 
     work: Path  # the work folder with the growing store
     corpus: Path
+    corpus_fingerprint: str
     checkpoint: Path
+    weights_hash: str
     weight_processing: str
     precision: str
     batch_blocks: int
@@ -65,7 +68,8 @@ def plan_cache(
     check_context(config, facts)
     lengths, corpus_fingerprint = _read_lengths(config, corpus_folder, checkpoint)
     layout = plan_layout(config.cache, lengths, config.corpus.context_length, facts.d_model)
-    identity = identify(config, corpus_fingerprint, hooks, layout, hash_weights(checkpoint))
+    weights_hash = hash_weights(checkpoint)
+    identity = identify(config, corpus_fingerprint, hooks, layout, weights_hash)
     spec = StoreSpec(
         identity=identity,
         hooks=hooks,
@@ -91,7 +95,9 @@ def plan_cache(
         settings=CaptureSettings(
             work=work,
             corpus=corpus_folder.absolute(),
+            corpus_fingerprint=corpus_fingerprint,
             checkpoint=checkpoint,
+            weights_hash=weights_hash,
             weight_processing=config.model.weight_processing,
             precision=config.cache.precision,
             batch_blocks=config.cache.batch_blocks,
@@ -117,9 +123,7 @@ def check_context(config: Config, facts: ModelFacts) -> None:
 
 def check_corpus(config: Config, corpus: Corpus, checkpoint: Path) -> None:
     """Raise CorpusError, field by field, if the corpus was made with other settings."""
-    wanted = {"tokenizer_hash": hash_tokenizer(load_tokenizer(checkpoint))} | {
-        name: getattr(config.corpus, name) for name in ("context_length", "packing", "prepend_bos")
-    }
+    wanted = describe_corpus(config.corpus, load_tokenizer(checkpoint))
     found = {name: getattr(corpus.manifest, name) for name in wanted}
     different = [
         f"{name}: expected {wanted[name]}, got {found[name]}"

@@ -10,7 +10,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent
@@ -25,10 +33,19 @@ Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
 OpenFraction = Annotated[FiniteFloat, Field(gt=0, lt=1)]
 NumberFormat = Literal["float32", "float16", "bfloat16"]
 
+
+def _all_different(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"expected different values, got {list(values)}")
+    return values
+
+
 # YAML gives lists where these want tuples, so strictness holds for their items only.
-Counts = Annotated[tuple[Count, ...], Field(strict=False, fail_fast=True, min_length=1)]
-Indices = Annotated[tuple[Index, ...], Field(strict=False, fail_fast=True)]
-Weights = Annotated[tuple[Weight, ...], Field(strict=False, fail_fast=True, min_length=1)]
+_Items = Field(strict=False, fail_fast=True)
+Different = AfterValidator(_all_different)
+Counts = Annotated[tuple[Count, ...], _Items, Field(min_length=1), Different]
+Indices = Annotated[tuple[Index, ...], _Items, Different]
+Weights = Annotated[tuple[Weight, ...], _Items, Field(min_length=1), Different]
 
 
 class Section(BaseModel):
@@ -134,11 +151,7 @@ class Config(Section):
 
 def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read a profile and apply dotted overrides; raises ConfigError naming the key and the file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration at {path}: {error}.") from None
-    settings = parse_yaml(text, where=str(path))
+    settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise ConfigError(f"configuration at {path}: expected sections, got {settings!r:.80}.")
     for key, value in (overrides or {}).items():
@@ -149,13 +162,21 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Confi
         raise ConfigError("\n".join(_explain(error, path))) from None
 
 
+def read_yaml(path: Path) -> Any:
+    """Parse a YAML file; raises ConfigError if it is not there, not UTF-8 or not plain YAML."""
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"), where=str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration at {path}: {error}.") from None
+
+
 def parse_yaml(text: str, *, where: str) -> Any:
     """Parse YAML 1.2, so that `1e5` is a number; tags, aliases and duplicate keys are refused."""
     try:
         if any(isinstance(event, AliasEvent) for event in YAML(typ="safe", pure=True).parse(text)):
             raise ConfigError(f"YAML at {where}: expected plain values, got an alias (*name).")
         return YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError) as error:
+    except (YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"YAML at {where}: {reason}") from None
 
@@ -192,7 +213,9 @@ def _explain(error: ValidationError, path: Path) -> Iterator[str]:
             yield f"configuration at {path}: {key}: unknown key.{_suggest(key)}"
         elif problem["type"] == "missing":
             yield f"configuration at {path}: {key}: missing. A profile lists every key."
-        elif problem["type"] == "value_error":  # a cross-check of ours, which says what it got
-            yield f"configuration at {path}: {key}.{problem['msg'].removeprefix('Value error, ')}."
+        elif problem["type"] == "value_error":  # a check of ours, which says what it got
+            dot = "." if len(problem["loc"]) == 1 else ": "  # a section's own names the key itself
+            message = problem["msg"].removeprefix("Value error, ")
+            yield f"configuration at {path}: {key}{dot}{message}."
         else:
             yield f"configuration at {path}: {key}: {problem['msg']}, got {problem['input']!r:.60}."

@@ -4,12 +4,25 @@ import time
 
 import torch
 
+from pipeline.errors import ConfigError
+
 
 def pick_device(name: str) -> str:
-    """The device that `auto` stands for here: cuda where there is one, else cpu."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The device named, or for `auto` cuda where there is one, else cpu.
+
+    Raises ConfigError if there is no such device here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"run.device: expected auto, cpu, or a cuda device that is here, got {name} "
+            f"({reason:.80})."
+        ) from None
+    return name
 
 
 def product_rate(n_rows: int, d_model: int, *, device: str, precision: str) -> float:

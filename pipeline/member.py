@@ -60,13 +60,6 @@ def plan_members(config: TrainConfig) -> tuple[MemberSpec, ...]:
     for k, beta, seed in product(config.ks, config.betas, config.seeds):
         suffix = f"-seed{seed}" if len(config.seeds) > 1 else ""
         members.append(MemberSpec(f"k{k}-beta{format_number(beta)}{suffix}", k, beta, seed))
-    names = [member.name for member in members]
-    for name in names:
-        if names.count(name) > 1:
-            raise TrainError(
-                f"train.ks, train.betas and train.seeds: expected different values, "
-                f"got {name} twice."
-            )
     return tuple(members)
 
 

@@ -9,12 +9,14 @@ differs from the profile: `pipeline cache --layer 3` writes stores/demo+layers=3
 touches stores/demo, which DVC tracks.
 """
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config import Config
 
+_LONGEST = 150
 _DECIDES = {
     "data": ("model", "corpus"),
     "stores": ("model", "corpus", "cache"),
@@ -41,13 +43,17 @@ def plan_paths(profile: str, config: Config, unchanged: Config) -> DefaultPaths:
 
 
 def _label(profile: str, config: Config, unchanged: Config, sections: tuple[str, ...]) -> str:
+    every = [key for section in _DECIDES["results"] for key, _ in getattr(config, section)]
     changed = [
-        f"+{key}={_slug(value)}"
+        f"+{key if every.count(key) == 1 else f'{section}.{key}'}={_slug(value)}"
         for section in sections
         for key, value in getattr(config, section)
         if value != getattr(getattr(unchanged, section), key)
     ]
-    return profile + "".join(changed)
+    label = profile + "".join(changed)
+    if len(label) > _LONGEST:  # file systems stop at 255 bytes
+        label = f"{label[:_LONGEST]}+{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+    return label
 
 
 def _slug(value: Any) -> str:

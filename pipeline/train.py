@@ -10,6 +10,7 @@ and the stream alone, never on which others train beside it, and on a CPU they a
 bit in every run.
 """
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,7 +27,7 @@ from pipeline.files import write_json
 from pipeline.history import History
 from pipeline.member import Member, StepMetrics, plan_members, start_member, step_member
 from pipeline.sae import save_sae
-from store import Batch
+from store.stream import Batch
 
 
 class StepReport(NamedTuple):
@@ -189,6 +190,15 @@ def _take(batches: Iterable[Batch], n: int) -> Iterator[Batch]:
     return (batch for _, batch in zip(range(n), batches, strict=False))
 
 
+def _is_run(folder: Path) -> bool:
+    """Whether `folder` holds what `train` writes and may therefore be replaced."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        return all((folder / name / "config.json").is_file() for name in config["members"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 @contextmanager
 def _open_run(out: Path) -> Iterator[Path]:
     """Yield an empty sibling of `out` to write to; on success it takes the place of `out`.
@@ -196,7 +206,7 @@ def _open_run(out: Path) -> Iterator[Path]:
     Where the body raises, the sibling stays, for a look at its live metrics, until the next run.
     """
     foreign = out.is_file() or (out.is_dir() and any(out.iterdir()))
-    if foreign and not (out / "summary.json").is_file():
+    if foreign and not _is_run(out):
         raise TrainError(
             f"run folder at {out}: expected an earlier run, an empty folder or nothing, got other "
             f"files, which would be lost. Choose another --out."

@@ -1,5 +1,6 @@
 """Made-up results in the form that the stages write; no number in it is measured."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -231,6 +232,8 @@ def write_inputs(folder: Path, members: tuple[tuple[int, float], ...] = TWO) -> 
     ):
         (folder / path).parent.mkdir()
         write_json(folder / path, content)
+    run = hashlib.sha256((folder / "run/config.json").read_bytes()).hexdigest()
+    write_json(folder / "results/metrics.json", inputs["metrics"] | {"run": run})
     for name, history in inputs["histories"].items():
         (folder / "run" / name).mkdir()
         pq.write_table(pa.table(history), folder / "run" / name / "history.parquet")

@@ -4,13 +4,14 @@ lost.
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.tiny import make_project, read_tree, run_cli
+from tests.tiny import make_project, read_tree, run_cli, spawn_cli
 
 
 @pytest.fixture
@@ -44,6 +45,8 @@ def fails(capsys, *args, code=1):
     assert run_cli(*args) == code
     err = capsys.readouterr().err
     assert "Traceback" not in err
+    errors = [line for line in err.splitlines() if line.startswith("Error")]
+    assert [line for line in errors if line] == err.splitlines()[-1:]  # one line, the last
     return err
 
 
@@ -77,7 +80,7 @@ def files_in(folder: Path) -> set[str]:
     ],
 )
 def test_1_2_4_wrong_words_and_values(project, monkeypatch, capsys, args, message):
-    monkeypatch.setattr("pipeline.model.load_model", None)  # none of these gets as far as a model
+    monkeypatch.setattr("pipeline.cache.load_model", None)  # none of these gets as far as a model
     before = files_in(project)
     assert message in fails(capsys, *args, code=2)
     assert files_in(project) == before
@@ -138,12 +141,12 @@ def test_5_training_never_repeats_data_silently(cached_project, capsys):
     assert not list((cached_project / "runs").glob("tiny*"))
 
 
-@pytest.mark.parametrize("content", [b"caf\xe9 au lait", b"nul \x00 byte"])
-def test_6_text_that_is_not_text(project, capsys, content):
+@pytest.mark.parametrize(("content", "offset"), [(b"caf\xe9 au lait", 3), (b"a nul: \x00 byte", 7)])
+def test_6_text_that_is_not_text(project, capsys, content, offset):
     (project / "texts" / "17.txt").write_bytes(content)
     err = fails(capsys, "corpus")
     assert "17.txt" in err
-    assert str(min(content.find(b"\xe9") % 99, content.find(b"\x00") % 99)) in err  # the offset
+    assert f"byte {offset}" in err
 
 
 def test_16_a_read_only_folder_is_named_at_the_start(project):
@@ -239,3 +242,91 @@ def test_22_float16_overflow(project, capsys):
 def test_debug_shows_the_traceback():
     with pytest.raises(Exception, match="99"):
         run_cli("--debug", "cache", "--layer", "99")
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    ("args", "message", "code"),
+    [
+        (["cache", "--device", "banana"], "run.device", 2),
+        (["cache", "--profile", "../configs/tiny"], "expected a name such as demo", 2),
+        (["cache", "--profile", ""], "expected a name such as demo", 2),
+        (["cache", "--scheduler", "banana"], "run.scheduler at banana", 2),
+        (["cache", "--layer", "1", "--layer", "1"], "expected different values", 2),
+        (["cache", "--layer", "1", "--set", "cache.layers=[2]"], "expected cache.layers once", 2),
+        (["cache", "--set", "cache.layers=" + "[" * 3000], "YAML at --set", 2),
+        (["evaluate"], "Run `pipeline train`", 1),
+        (["train"], "Run `pipeline cache`", 1),
+    ],
+)
+def test_2_more_wrong_values(capsys, args, message, code):
+    assert message in fails(capsys, *args, code=code)
+
+
+def test_4_params_file_that_is_not_text(project, capsys):
+    (project / "params.yaml").write_bytes(b"profile: caf\xe9")
+    assert "params.yaml" in fails(capsys, "cache", "--dry-run", code=2)
+
+
+def test_overwrite_never_replaces_what_is_not_ours(cached_project, capsys):
+    before = read_tree(cached_project / "texts")
+    fails(capsys, "corpus", "--out", "texts", "--overwrite")
+    fails(capsys, "train", "--out", "texts", "--overwrite")
+    fails(capsys, "cache", "--out", "texts", "--overwrite", "--layer", "2")
+    assert read_tree(cached_project / "texts") == before
+
+
+def test_21_a_corpus_made_before_the_profile_was_edited(cached_project, capsys):
+    profile = cached_project / "configs/tiny.yaml"
+    profile.write_text(profile.read_text().replace("fraction: 0.1", "fraction: 0.3", 1))
+    assert "held_out_fraction: expected 0.3, got 0.1" in fails(capsys, "cache")
+
+
+@pytest.mark.usefixtures("cached_project")
+@pytest.mark.parametrize(
+    "change", ["model.weight_processing=folded", "corpus.held_out_fraction=0.3"]
+)
+def test_21_evaluating_with_another_model_or_corpus(capsys, change):
+    """Another split could hold out what the SAEs were trained on."""
+    assert run_cli("train") == 0
+    assert run_cli("corpus", "--set", change, "--out", "data/other") == 0
+    ours = ("--run", "runs/tiny", "--store", "stores/tiny")
+    err = fails(capsys, "evaluate", "--set", change, "--corpus", "data/other", *ours)
+    assert "weight_processing: expected raw" in err or "corpus: expected" in err
+
+
+def test_21_weights_that_changed_under_the_same_path(cached_project):
+    """A process that has the former model loaded must not use it for the new one."""
+    from safetensors.torch import load_file, save_file
+
+    from store import open_store
+
+    assert run_cli("cache", "--out", "stores/before", "--dtype", "float32") == 0
+    weights = load_file(cached_project / "model/model.safetensors")
+    weights["transformer.h.0.mlp.c_proj.bias"] += 1
+    save_file(weights, cached_project / "model/model.safetensors", metadata={"format": "pt"})
+    assert run_cli("cache", "--out", "stores/after", "--dtype", "float32") == 0
+    before, after = (open_store(Path("stores") / name) for name in ("before", "after"))
+    assert before.manifest.fingerprint != after.manifest.fingerprint
+    assert not before.read_block(0).acts.equal(after.read_block(0).acts)
+
+
+def test_11_ctrl_c_is_one_line(project):
+    process = spawn_cli("cache", cwd=project)
+    for line in process.stderr:
+        if line.startswith("cache:"):  # in the middle of it
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1].startswith("Interrupted.")
+    assert "Traceback" not in err
+    assert run_cli("cache") == 0
+
+
+def test_per_document_and_bos_end_to_end(project):
+    changes = ("--set", "corpus.packing=per_document", "--set", "corpus.prepend_bos=true")
+    for stage in ("corpus", "cache", "train", "evaluate"):
+        extra = ("--set", "train.batch_size=64") if stage in ("train", "evaluate") else ()
+        assert run_cli(stage, *changes, *extra) == 0, stage
+    assert list((project / "results").glob("*/metrics.json"))

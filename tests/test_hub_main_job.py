@@ -59,5 +59,5 @@ def test_without_a_network_the_error_is_one_line(tmp_path):
     process = spawn_cli("cache", "--model", "gpt2", cwd=project, **environment)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert err.startswith("Error: model 'gpt2' at the hub")
+    assert err.startswith("Error: model 'gpt2' on the hub")
     assert len(err.strip().splitlines()) == 1

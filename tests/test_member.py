@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
-from pipeline.errors import TrainError
 from pipeline.member import Member, StepMetrics, plan_members, start_member, step_member
 
 DEFAULTS = {
@@ -217,8 +216,3 @@ def test_names_of_members() -> None:
         "k3-beta0-seed0",
         "k3-beta0-seed7",
     ]
-
-
-def test_the_same_member_twice_is_refused() -> None:
-    with pytest.raises(TrainError, match="got k3-beta1e5 twice"):
-        plan_members(make_config(betas=(1e5, 0.0, 100000.0)))

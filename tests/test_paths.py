@@ -32,7 +32,7 @@ def test_numbers_as_people_write_them(value, text):
     [
         # the profile's own settings go where DVC tracks them
         ({}, "demo", "demo", "demo"),
-        ({"cache.layers": [7], "train.betas": [0, 1e5]}, "demo", "demo", "demo"),
+        ({"cache.layers": [7], "train.betas": [0, 3e4]}, "demo", "demo", "demo"),
         # a setting shows in the folders that it decides, and in no other
         ({"train.betas": [1e5]}, "demo", "demo", "demo+betas=1e5"),
         ({"cache.layers": [3, 7]}, "demo", "demo+layers=3,7", "demo+layers=3,7"),

@@ -44,8 +44,10 @@ for command in (stages.corpus, stages.cache, stages.train, stages.evaluate, stag
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command: 0 when it did its work, 2 for what the user must correct, 130 for Ctrl-C, else
-    1.
+    """Run a command.
+
+    Exits with 0 when it did its work, 2 for a wrong command line or configuration, 130 for Ctrl-C,
+    else 1.
     """
     arguments = sys.argv[1:] if args is None else args
     debug = "--debug" in arguments
@@ -57,7 +59,7 @@ def main(args: list[str] | None = None) -> None:
         click.echo(f"Error: {error.format_message()}{hint}", err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted. The same command resumes where it stopped.", err=True)
+        click.echo("Interrupted. Run the same command again; committed shards are kept.", err=True)
         sys.exit(130)
     except (PipelineError, StoreError, OSError, MemoryError) as error:
         if debug:

@@ -1,6 +1,7 @@
 """From the command line to a checked configuration: profile, flags and `--set`, in that order."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import click
 
 import pipeline
-from pipeline.config import Config, load_config, parse_yaml
+from pipeline.config import Config, load_config, parse_yaml, read_yaml
 from pipeline.errors import ConfigError
 from pipeline.paths import DefaultPaths, plan_paths
 
@@ -47,6 +48,8 @@ FLAGS = {
     "train-tokens": Flag(("train.tokens",), int, "Tokens to train on."),
     "train-seed": Flag(("train.seeds",), int, "Seed of the SAE; repeat for several.", repeats=True),
     "evaluate-tokens": Flag(("evaluate.tokens",), int, "Held-out tokens to measure on."),
+    "store-layer": Flag(("cache.layers",), int, "Layer(s) that the store holds.", repeats=True),
+    "store-hook": Flag(("cache.hook",), str, "Hook that the store holds."),
     "workers": Flag(("run.workers",), int, "Dask workers on this machine; 0 runs in this process."),
     "scheduler": Flag(("run.scheduler",), str, "Address of a running dask scheduler (tcp://...)."),
     "device": Flag(("run.device",), str, "auto, cpu, cuda or cuda:N."),
@@ -99,7 +102,7 @@ def takes(**flags: str) -> Callable:
 
 def invoke(profile: str | None, flags: Mapping[Flag, Any], settings: tuple[str, ...]) -> Invocation:
     """Resolve the profile and apply flags and `--set`; raises ConfigError."""
-    overrides = {
+    overrides: dict[str, Any] = {
         key: list(value) if flag.repeats else value
         for flag, value in flags.items()
         if value not in (None, ())
@@ -109,8 +112,10 @@ def invoke(profile: str | None, flags: Mapping[Flag, Any], settings: tuple[str, 
         key, equals, value = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set {setting}: expected KEY=VALUE.")
+        if key.strip() in overrides:
+            raise ConfigError(f"--set {setting}: expected {key.strip()} once, got it twice.")
         overrides[key.strip()] = parse_yaml(value, where=f"--set {key}")
-    profile = profile or selected_profile(Path("params.yaml"))
+    profile = selected_profile(Path("params.yaml")) if profile is None else profile
     path = find_profile(profile)
     config = load_config(path, overrides)
     return Invocation(profile, config, plan_paths(profile, config, load_config(path)))
@@ -122,7 +127,7 @@ def selected_profile(params: Path) -> str:
     """
     if not params.exists():
         return "demo"
-    selected = parse_yaml(params.read_text(encoding="utf-8"), where=str(params))
+    selected = read_yaml(params)
     if not isinstance(selected, dict) or not isinstance(selected.get("profile"), str):
         raise ConfigError(
             f"configuration at {params}: expected `profile: <name>`, got {selected!r:.60}."
@@ -132,6 +137,8 @@ def selected_profile(params: Path) -> str:
 
 def find_profile(profile: str) -> Path:
     """configs/<profile>.yaml in this folder, else the one that ships with the package."""
+    if not re.fullmatch(r"[\w][\w.-]*", profile):
+        raise ConfigError(f"profile {profile!r}: expected a name such as demo.")
     folders = [Path("configs"), *packaged_config_folders()]
     for folder in folders:
         if (folder / f"{profile}.yaml").is_file():

@@ -55,7 +55,7 @@ class _LinePrinter:
         rate = self._done / max(now - self._started, 1e-9)
         of_total = ""
         if self._total:
-            left = (self._total - self._done) / rate if rate else 0.0
+            left = max(self._total - self._done, 0) / rate if rate else 0.0
             of_total = f" of {self._total:,}, {left:.0f} s left"
         click.echo(
             f"{self._label}: {self._done:,} tokens{of_total}, {rate:,.0f} tokens/s {note}".rstrip(),

@@ -90,7 +90,7 @@ def cache(
 @takes(
     beta="beta",
     k="k",
-    layer="layer",
+    layer="store-layer",
     hook="train-hook",
     tokens="train-tokens",
     seed="train-seed",
@@ -108,7 +108,7 @@ def train(run: Invocation, store_path: Path | None, out: Path | None, overwrite:
     """Train an SAE for every beta, k and seed from one pass over the store."""
     from pipeline.device import pick_device
     from pipeline.provenance import describe_run
-    from pipeline.runs import plan_training, run_training
+    from pipeline.training import plan_training, run_training
 
     config, out = run.config.train, out or run.paths.run
     plan = plan_training(config, store_path or run.paths.store)
@@ -123,10 +123,19 @@ def train(run: Invocation, store_path: Path | None, out: Path | None, overwrite:
             on_step=lambda report: advance(config.batch_size, note=_describe_step(report)),
         )
     click.echo(f"trained {', '.join(trained.members)}; SAEs in {out}")
+    click.echo(f"next: pipeline evaluate --run {out}, then pipeline report --run {out}")
 
 
 @click.command()
-@takes(tokens="evaluate-tokens", device="device")
+@takes(
+    beta="beta",
+    k="k",
+    layer="store-layer",
+    hook="store-hook",
+    model="model",
+    tokens="evaluate-tokens",
+    device="device",
+)
 @click.option(
     "--run", "run_path", type=FOLDER, help="Folder of the SAEs.  [default: runs/<profile>]"
 )
@@ -152,7 +161,7 @@ def evaluate(
     """Measure trained SAEs on held-out text, with and without the gradient at inference."""
     from pipeline.evaluate import evaluate_run
 
-    out = out or run.paths.results
+    out = out or _name_results(run, run_path)
     with token_progress("evaluate", run.config.evaluate.tokens) as advance:
         evaluate_run(
             run.config,
@@ -166,7 +175,14 @@ def evaluate(
 
 
 @click.command()
-@takes()
+@takes(
+    beta="beta",
+    k="k",
+    layer="store-layer",
+    hook="store-hook",
+    model="model",
+    tokens="evaluate-tokens",
+)
 @click.option(
     "--run", "run_path", type=FOLDER, help="Folder of the SAEs.  [default: runs/<profile>]"
 )
@@ -192,16 +208,22 @@ def report(
     """Write one self-contained HTML page that compares the SAEs."""
     from pipeline.report import write_report
 
-    out = out or run.paths.results.with_name(run.paths.results.name + ".html")
+    results_path = results_path or _name_results(run, run_path)
+    out = out or results_path.with_name(results_path.name + ".html")
     write_report(
         profile=run.profile,
         run_folder=run_path or run.paths.run,
-        results_folder=results_path or run.paths.results,
+        results_folder=results_path,
         corpus_folder=corpus_path or run.paths.corpus,
         store_folder=store_path or run.paths.store,
         out=out,
     )
     click.echo(f"report in {out}")
+
+
+def _name_results(run: Invocation, run_path: Path | None) -> Path:
+    """Results are called what the run is called, where that is named."""
+    return run.paths.results.with_name(run_path.name) if run_path else run.paths.results
 
 
 def _make_corpus(run: Invocation, out: Path, *, overwrite: bool) -> "Corpus":

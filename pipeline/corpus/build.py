@@ -69,9 +69,8 @@ def write_corpus(
         separator=find_separator(tokenizer),
         bos=find_bos(tokenizer) if config.prepend_bos else None,
     )
-    settings = _describe(config, tokenizer)
-    if not overwrite:
-        _refuse_other(out, settings)
+    settings = describe_corpus(config, tokenizer)
+    _refuse_other(out, {} if overwrite else settings)
     with _growing_folder(out) as folder:
         splits = _write_splits(config, packing, tokenizer, folder, on_progress or (lambda _: None))
         manifest = _finish_manifest(settings, splits)
@@ -89,7 +88,7 @@ def draw_split(document_id: str, held_out_fraction: float) -> Split:
     )
 
 
-def _describe(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def describe_corpus(config: CorpusConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The manifest's fields that are known before any text is read."""
     kind = find_source(config.source)
     same = (
@@ -209,7 +208,10 @@ def _check_enough(config: CorpusConfig, packers: dict[Split, SplitPacker]) -> No
 
 
 def _refuse_other(out: Path, expected: dict[str, Any]) -> None:
-    """Raise CorpusError unless `out` is free or a corpus with these manifest fields."""
+    """Raise CorpusError unless `out` is free or a corpus with these manifest fields.
+
+    What is no corpus at all is never replaced.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     found = read_manifest(out)

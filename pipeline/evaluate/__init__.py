@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.cache_plan import check_corpus
 from pipeline.config import Config
-from pipeline.corpus import open_corpus
+from pipeline.corpus.reader import Corpus, open_corpus
 from pipeline.device import pick_device
 from pipeline.evaluate.activity import Activity
 from pipeline.evaluate.measure import MODES, evaluate_saes
 from pipeline.files import write_json
-from pipeline.model import load_model, locate_checkpoint
+from pipeline.model import hash_weights, load_model, locate_checkpoint
 from pipeline.runs import read_run
 from pipeline.sae import load_sae, read_sae_config
-from store import ActivationStore, open_store
+from store.errors import StoreMismatch
+from store.reader import ActivationStore, open_store
 
 _QUANTILES = 101  # points of each firing-frequency curve
 
@@ -32,18 +32,18 @@ def evaluate_run(
     out: Path,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure every SAE of a run; writes `out`/metrics.json, saes.csv and firing.csv and returns
-    the metrics.
+    """Measure every SAE of a run; writes metrics.json, saes.csv and firing.csv to `out`.
 
-    Raises TrainError if the run is incomplete or was not trained from this store.
+    Returns the metrics. Raises TrainError if the run is incomplete or was not trained from this
+    store, StoreMismatch if model or corpus are not those that the store was made from.
     """
     run = read_run(run_folder)
     store = open_store(store_folder)
     run.check_store(store.manifest)
-    corpus = open_corpus(corpus_folder)
-    device = pick_device(config.run.device)
     checkpoint = locate_checkpoint(config.model.name, config.model.revision)
-    check_corpus(config, corpus, checkpoint)
+    corpus = open_corpus(corpus_folder)
+    check_origin(store, config, corpus, checkpoint)
+    device = pick_device(config.run.device)
     model = load_model(checkpoint, weight_processing=config.model.weight_processing, device=device)
     metrics, activities = evaluate_saes(
         model,
@@ -57,6 +57,7 @@ def evaluate_run(
         loss_tokens=config.evaluate.loss_tokens,
         on_progress=on_progress,
     )
+    metrics["run"] = run.fingerprint_of_config
     for name, sae in metrics["saes"].items():
         sae["seed"] = read_sae_config(run_folder / name).training["seed"]
     out.mkdir(parents=True, exist_ok=True)
@@ -64,6 +65,29 @@ def evaluate_run(
     _write_csv(out / "saes.csv", _rows_by_sae(metrics["saes"]))
     _write_csv(out / "firing.csv", _firing_curves(activities))
     return metrics
+
+
+def check_origin(store: ActivationStore, config: Config, corpus: Corpus, checkpoint: Path) -> None:
+    """Raise StoreMismatch unless the store was made from this model and this corpus.
+
+    Another corpus could hold out what the SAEs were trained on.
+    """
+    found = {
+        "weights_hash": hash_weights(checkpoint),
+        "weight_processing": config.model.weight_processing,
+        "corpus": corpus.manifest.fingerprint,
+    }
+    wanted = {name: store.manifest.identity.get(name) for name in found}
+    different = [
+        f"{name}: expected {wanted[name]}, got {found[name]}"
+        for name in found
+        if wanted[name] != found[name]
+    ]
+    if different:
+        raise StoreMismatch(
+            f"model and corpus for the store at {store.path}: {'; '.join(different)}. "
+            "Run `pipeline evaluate` with the profile and --corpus that the store was made from."
+        )
 
 
 def mean_activation(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.capture import capture, patched_loss
-from pipeline.corpus import Corpus
+from pipeline.corpus.reader import Corpus
 from pipeline.errors import CorpusError
 from pipeline.evaluate.activity import Activity
 from pipeline.evaluate.faithfulness import ce_recovered, loss_added, nmse_per_row

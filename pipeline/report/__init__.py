@@ -4,6 +4,7 @@
 writes the page. The page holds no date and no path: the same results give the same bytes.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,6 +95,7 @@ def write_report(
     _check_fingerprint(store, store_folder, "store", config.get("store_fingerprint"))
     identity = config.get("store_identity") or {}
     _check_fingerprint(corpus, corpus_folder, "corpus", identity.get("corpus"))
+    _check_run(metrics, run_folder, results_folder)
     _check_members(metrics, config, results_folder)
     page = build_report(
         profile=profile,
@@ -173,6 +175,16 @@ def _unreadable(what: str, path: Path, command: str, found: object) -> PipelineE
     return PipelineError(
         f"{what} at {path}: expected the file that `{command}` writes, got {got}. Run `{command}`."
     )
+
+
+def _check_run(metrics: Mapping[str, Any], run_folder: Path, results_folder: Path) -> None:
+    measured = metrics.get("run")
+    found = hashlib.sha256((run_folder / "config.json").read_bytes()).hexdigest()
+    if measured != found:
+        raise PipelineError(
+            f"measurements at {results_folder}: expected those of the run at {run_folder} "
+            f"({found[:16]}), got another run's ({str(measured)[:16]}). Run `pipeline evaluate`."
+        )
 
 
 def _check_fingerprint(

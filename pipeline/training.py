@@ -1,0 +1,92 @@
+"""Train from a store: plan what to read, refuse to replace another run, and hand the stream on."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.config import TrainConfig
+from pipeline.errors import TrainError
+from pipeline.runs import Run, read_run
+from pipeline.train import StepReport, plan_steps, train
+from store.reader import ActivationStore, open_store
+from store.stream import count_rows, stream_batches
+
+
+class TrainPlan(NamedTuple):
+    """What training will read, decided before anything runs."""
+
+    store: ActivationStore
+    hook: str
+    n_steps: int
+
+
+def plan_training(config: TrainConfig, store_folder: Path) -> TrainPlan:
+    """Open the store and count its batches; raises TrainError for a foreign hook or few rows."""
+    store = open_store(store_folder)
+    hooks = store.manifest.hooks
+    names = {config.hook, f"hook_{config.hook}"}
+    wanted = [hook for hook in hooks if config.hook is None or names & {hook, hook.split(".")[-1]}]
+    if len(wanted) != 1:
+        raise TrainError(
+            f"train.hook for {store_folder}: expected one of {', '.join(hooks)}, "
+            f"got {config.hook or 'none'}. Pass --hook."
+        )
+    return TrainPlan(
+        store, wanted[0], plan_steps(config, count_rows(store, config.exclude_positions))
+    )
+
+
+def run_training(
+    plan: TrainPlan,
+    config: TrainConfig,
+    out: Path,
+    *,
+    device: str,
+    provenance: Mapping[str, Any],
+    overwrite: bool = False,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> Run:
+    """Train all members from one pass over the store.
+
+    Raises TrainError if `out` holds another run.
+    """
+    _refuse_other_run(out, config, plan.store.manifest.fingerprint, overwrite=overwrite)
+    batches = stream_batches(
+        plan.store,
+        hook=plan.hook,
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        seed=config.shuffle_seed,
+        window=config.window_shards,
+        exclude_positions=config.exclude_positions,
+        tokens=plan.n_steps * config.batch_size,
+    )
+    train(
+        config,
+        batches,
+        d_model=plan.store.manifest.d_model,
+        n_steps=plan.n_steps,
+        out=out,
+        device=device,
+        provenance={
+            "hook": plan.hook,
+            "store_fingerprint": plan.store.manifest.fingerprint,
+            "store_identity": plan.store.manifest.identity,
+            **provenance,
+        },
+        on_step=on_step,
+    )
+    return read_run(out)
+
+
+def _refuse_other_run(out: Path, config: TrainConfig, fingerprint: str, *, overwrite: bool) -> None:
+    if overwrite or not (out / "config.json").exists():
+        return
+    former = read_run(out)
+    if former.fingerprint != fingerprint or former.config["train"] != config.model_dump(
+        mode="json"
+    ):
+        raise TrainError(
+            f"run at {out}: expected none or one with the same store and settings, got another. "
+            "Choose another --out, or pass --overwrite."
+        )
