@@ -71,12 +71,25 @@ def run_cache(
         return publish(work, plan.spec, plan.out, provenance=provenance, overwrite=overwrite)
 
 
+def estimate_seconds(plan: CachePlan) -> float:
+    """Time that the missing shards take on this machine, from one small batch of random tokens."""
+    if not plan.missing:
+        return 0.0
+    settings, n_blocks = plan.settings, min(plan.settings.batch_blocks, 4)
+    model = _load_model(settings)
+    tokens = torch.randint(model.facts.d_vocab, (n_blocks, plan.spec.context_length + 1))
+    for _ in range(2):  # the first warms up
+        started = time.perf_counter()
+        capture(model, tokens, plan.spec.hooks, precision=settings.precision)
+    seconds = time.perf_counter() - started
+    n_rows = sum(shard.n_rows for shard in plan.missing)
+    return seconds * n_rows / (n_blocks * plan.spec.context_length)
+
+
 def compute_shard(settings: CaptureSettings, spec: StoreSpec, shard: ShardSpec) -> int:
     """Capture one shard's blocks and commit them; returns its number of rows. Idempotent."""
     started = time.monotonic()
-    model = _load_model_once(
-        settings.checkpoint, settings.weights_hash, settings.weight_processing, settings.device
-    )
+    model = _load_model(settings)
     corpus = _open_corpus_once(settings.corpus, settings.corpus_fingerprint)
     rows = capture_shard(model, corpus, spec, shard, settings)
     facts = {
@@ -172,6 +185,12 @@ def dask_mapper(*, workers: int, scheduler: str | None) -> Iterator[Mapper]:
         # The nanny pins torch to one thread per worker; share the cores instead.
         client.run(torch.set_num_threads, max(1, (os.cpu_count() or 1) // workers))
         yield map_on(client)
+
+
+def _load_model(settings: CaptureSettings) -> LanguageModel:
+    return _load_model_once(
+        settings.checkpoint, settings.weights_hash, settings.weight_processing, settings.device
+    )
 
 
 @functools.lru_cache(maxsize=1)

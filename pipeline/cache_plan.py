@@ -1,4 +1,4 @@
-"""What caching will do, decided before anything runs: identity, layout, shards, disk and time."""
+"""What caching will do, decided before anything runs: identity, layout, shards and disk."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 from pipeline.config import CacheConfig, Config
 from pipeline.corpus.build import describe_corpus
 from pipeline.corpus.reader import Corpus, open_corpus
-from pipeline.device import pick_device, product_rate
+from pipeline.device import pick_device
 from pipeline.errors import ConfigError, CorpusError
 from pipeline.model import (
     ModelFacts,
@@ -50,7 +50,6 @@ class CachePlan(NamedTuple):
     store_bytes: int  # on disk for the whole store
     needed_bytes: int  # on disk for the missing shards
     free_bytes: int
-    estimated_s: float
 
 
 def plan_cache(
@@ -108,7 +107,6 @@ def plan_cache(
         store_bytes=store_bytes,
         needed_bytes=store_bytes * missing_rows // max(layout.n_rows, 1),
         free_bytes=free_bytes(out),
-        estimated_s=missing_rows * estimate_seconds_per_token(facts, config, device),
     )
 
 
@@ -189,18 +187,3 @@ def identify(
         "rows_per_chunk": layout.rows_per_chunk,
         "rows_per_shard": layout.rows_per_shard,
     }
-
-
-def estimate_seconds_per_token(facts: ModelFacts, config: Config, device: str) -> float:
-    """Time per token from the products it needs and this machine's measured rate at them.
-
-    A forward pass of all layers and a backward pass of those from the first hooked one up. An
-    estimate: attention and everything element-wise is taken to cost as much again as the products.
-    """
-    d_model, context = facts.d_model, config.corpus.context_length
-    backward = 1 - min(config.cache.layers) / facts.n_layers
-    layers = 12 * d_model**2 * facts.n_layers * (1 + backward)
-    unembedding = 3 * d_model * facts.d_vocab
-    n_rows = config.cache.batch_blocks * context
-    rate = product_rate(n_rows, d_model, device=device, precision=config.cache.precision)
-    return 2 * (layers + unembedding) / rate

@@ -134,6 +134,12 @@ def test_repro_runs_what_a_change_touches(tmp_path):
     assert clone.repro() == list(STAGES)
     assert clone.repro() == []
 
+    name = "blocks.1.hook_resid_post/acts/c/0/0"
+    published = (clone.folder / "stores/tiny" / name).stat()
+    (kept,) = (clone.folder / "stores/.work").glob(f"*/store/{name}")
+    assert kept.stat().st_ino == published.st_ino  # on disk once, DVC's cache counted
+    assert published.st_nlink == 3
+
     clone.edit("configs/tiny.yaml", "betas: [0, 1e4]", "betas: [0, 2e4]")
     assert clone.repro() == ["train", "evaluate", "report"]
 

@@ -240,6 +240,8 @@ def _make_corpus(run: Invocation, out: Path, *, overwrite: bool) -> "Corpus":
 
 
 def _print_plan(plan: "CachePlan") -> None:
+    from pipeline.cache import estimate_seconds
+
     layout, missing = plan.spec.layout, len(plan.missing)
     rows = sum(shard.n_rows for shard in plan.missing)
     for name, value in (
@@ -255,7 +257,7 @@ def _print_plan(plan: "CachePlan") -> None:
             f"{plan.store_bytes / 1e6:,.0f} MB, twice that where DVC cannot link; "
             f"{plan.free_bytes / 1e6:,.0f} MB free",
         ),
-        ("time", f"about {plan.estimated_s / 60:.1f} min on {plan.settings.device}"),
+        ("time", f"about {estimate_seconds(plan) / 60:.1f} min on {plan.settings.device}"),
         ("store", str(plan.out)),
     ):
         click.echo(f"{name:>8}  {value}")
