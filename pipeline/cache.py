@@ -156,7 +156,8 @@ def dask_mapper(*, workers: int, scheduler: str | None) -> Iterator[Mapper]:
 
     def map_on(client: Client) -> Mapper:
         def mapper(function: Callable, items: Iterable) -> Iterator[int]:
-            futures = client.map(function, list(items), pure=False, retries=2)
+            # Dask moves a dead worker's tasks by itself; an error of ours would only repeat.
+            futures = client.map(function, list(items), pure=False)
             try:
                 yield from (future.result() for future in as_completed(futures))
             except KilledWorker as error:

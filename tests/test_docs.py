@@ -5,7 +5,6 @@ import runpy
 from pathlib import Path
 
 import pytest
-import torch
 
 from pipeline.config import known_keys
 from tests.tiny import run_cli
@@ -68,7 +67,7 @@ def python_blocks() -> list[str]:
 def test_readme_code_runs_as_printed(finished_demo, monkeypatch, capsys):
     """Three lines open a store, a few more apply an SAE, five splice it in."""
     monkeypatch.chdir(finished_demo)
-    scope = {"tokens": torch.zeros(1, 8, dtype=torch.long)}
+    scope: dict = {}
     for code in python_blocks():
         exec(code, scope)
     assert "torch.Size([256, 128]) torch.Size([256, 128])" in capsys.readouterr().out

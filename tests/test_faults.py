@@ -273,6 +273,8 @@ def test_overwrite_never_replaces_what_is_not_ours(cached_project, capsys):
     fails(capsys, "corpus", "--out", "texts", "--overwrite")
     fails(capsys, "train", "--out", "texts", "--overwrite")
     fails(capsys, "cache", "--out", "texts", "--overwrite", "--layer", "2")
+    assert run_cli("train") == 0
+    fails(capsys, "evaluate", "--out", "texts")
     assert read_tree(cached_project / "texts") == before
 
 

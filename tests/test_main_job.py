@@ -102,6 +102,21 @@ def test_several_layers_from_one_pass(finished, monkeypatch):
         np.testing.assert_allclose(both[HOOK][name][:], one[HOOK][name][:], rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("hook", ["blocks.0.hook_resid_post", "resid_post"])
+def test_one_hook_of_a_store_with_several(finished, monkeypatch, capsys, hook):
+    monkeypatch.chdir(finished)
+    both = ("--layer", "0", "--layer", "1")
+    assert run_cli("cache", *both) == 0
+    code = run_cli("train", *both, "--hook", hook, "--tokens", "2048")
+    if hook == "resid_post":  # two of them have that name
+        assert code == 1
+        assert "expected one of blocks.0.hook_resid_post, blocks.1" in capsys.readouterr().err
+    else:
+        assert code == 0
+        (run,) = (finished / "runs").glob("tiny+layers=0,1+*")
+        assert json.loads((run / "config.json").read_text())["hook"] == hook
+
+
 def test_sigkill_while_caching_costs_only_the_shards_at_hand(
     finished, tmp_path, monkeypatch, capsys
 ):

@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.corpus.reader import Corpus, open_corpus
 from pipeline.device import pick_device
+from pipeline.errors import PipelineError
 from pipeline.evaluate.activity import Activity
 from pipeline.evaluate.measure import MODES, evaluate_saes
 from pipeline.files import write_json
@@ -37,6 +38,11 @@ def evaluate_run(
     Returns the metrics. Raises TrainError if the run is incomplete or was not trained from this
     store, StoreMismatch if model or corpus are not those that the store was made from.
     """
+    if out.is_dir() and any(out.iterdir()) and not (out / "saes.csv").is_file():
+        raise PipelineError(
+            f"results at {out}: expected measurements, an empty folder or nothing, got other "
+            "files. Choose another --out."
+        )
     run = read_run(run_folder)
     store = open_store(store_folder)
     run.check_store(store.manifest)
