@@ -78,9 +78,9 @@ def estimate_seconds(plan: CachePlan) -> float:
     settings, n_blocks = plan.settings, min(plan.settings.batch_blocks, 4)
     model = _load_model(settings)
     tokens = torch.randint(model.facts.d_vocab, (n_blocks, plan.spec.context_length + 1))
-    for _ in range(2):  # the first warms up
-        started = time.perf_counter()
-        capture(model, tokens, plan.spec.hooks, precision=settings.precision)
+    capture(model, tokens, plan.spec.hooks, precision=settings.precision)  # warms up
+    started = time.perf_counter()
+    capture(model, tokens, plan.spec.hooks, precision=settings.precision)
     seconds = time.perf_counter() - started
     n_rows = sum(shard.n_rows for shard in plan.missing)
     return seconds * n_rows / (n_blocks * plan.spec.context_length)
