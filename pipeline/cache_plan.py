@@ -19,7 +19,7 @@ from pipeline.model import (
     resolve_hooks,
 )
 from store.layout import ShardSpec, StoreLayout, plan_shards
-from store.manifest import FORMAT_VERSION, StoreSpec
+from store.manifest import FORMAT_VERSION, StoreSpec, diff_identities
 from store.publication import find_published
 from store.writer import committed_shards, free_bytes, required_bytes
 
@@ -123,12 +123,7 @@ def check_corpus(config: Config, corpus: Corpus, checkpoint: Path) -> None:
     """Raise CorpusError, field by field, if the corpus was made with other settings."""
     wanted = describe_corpus(config.corpus, load_tokenizer(checkpoint))
     found = {name: getattr(corpus.manifest, name) for name in wanted}
-    different = [
-        f"{name}: expected {wanted[name]}, got {found[name]}"
-        for name in wanted
-        if wanted[name] != found[name]
-    ]
-    if different:
+    if different := diff_identities(wanted, found):
         raise CorpusError(
             f"corpus at {corpus.folder}: {'; '.join(different)}. "
             "Name another with --corpus, or make one with `pipeline corpus --out`."

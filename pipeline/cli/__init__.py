@@ -31,12 +31,10 @@ class SuggestingGroup(click.Group):
 
 
 @click.group(cls=SuggestingGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show an error's traceback.")
 @click.version_option(package_name="gsae-pipeline")
-@click.pass_context
-def cli(ctx: click.Context, debug: bool) -> None:
+def cli() -> None:
     """Cache a model's activations and gradients once; train gradient SAEs from them."""
-    ctx.obj = {"debug": debug}
 
 
 for command in (stages.corpus, stages.cache, stages.train, stages.evaluate, stages.report, store):

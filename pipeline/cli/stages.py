@@ -18,6 +18,28 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(path_type=Path)
 
+# Of evaluate and report: the flags by which they find what `train` with the same flags wrote.
+SAME_RUN = {
+    "beta": "beta",
+    "k": "k",
+    "layer": "store-layer",
+    "hook": "store-hook",
+    "model": "model",
+    "tokens": "evaluate-tokens",
+}
+run_option = click.option(
+    "--run", "run_path", type=FOLDER, help="Folder of the SAEs.  [default: runs/<profile>]"
+)
+corpus_option = click.option(
+    "--corpus", "corpus_path", type=FOLDER, help="Token blocks.  [default: data/<profile>]"
+)
+store_option = click.option(
+    "--store",
+    "store_path",
+    type=FOLDER,
+    help="The store they were trained from.  [default: stores/<profile>]",
+)
+
 
 @click.command()
 @takes(model="model", source="source", tokens="corpus-tokens")
@@ -127,27 +149,10 @@ def train(run: Invocation, store_path: Path | None, out: Path | None, overwrite:
 
 
 @click.command()
-@takes(
-    beta="beta",
-    k="k",
-    layer="store-layer",
-    hook="store-hook",
-    model="model",
-    tokens="evaluate-tokens",
-    device="device",
-)
-@click.option(
-    "--run", "run_path", type=FOLDER, help="Folder of the SAEs.  [default: runs/<profile>]"
-)
-@click.option(
-    "--corpus", "corpus_path", type=FOLDER, help="Token blocks.  [default: data/<profile>]"
-)
-@click.option(
-    "--store",
-    "store_path",
-    type=FOLDER,
-    help="The store they were trained from.  [default: stores/<profile>]",
-)
+@takes(**SAME_RUN, device="device")
+@run_option
+@corpus_option
+@store_option
 @click.option(
     "--out", type=FOLDER, help="Folder of the measurements.  [default: results/<profile>]"
 )
@@ -175,27 +180,16 @@ def evaluate(
 
 
 @click.command()
-@takes(
-    beta="beta",
-    k="k",
-    layer="store-layer",
-    hook="store-hook",
-    model="model",
-    tokens="evaluate-tokens",
-)
-@click.option(
-    "--run", "run_path", type=FOLDER, help="Folder of the SAEs.  [default: runs/<profile>]"
-)
+@takes(**SAME_RUN)
+@run_option
 @click.option(
     "--results",
     "results_path",
     type=FOLDER,
     help="Folder of the measurements.  [default: results/<profile>]",
 )
-@click.option(
-    "--corpus", "corpus_path", type=FOLDER, help="Token blocks.  [default: data/<profile>]"
-)
-@click.option("--store", "store_path", type=FOLDER, help="The store.  [default: stores/<profile>]")
+@corpus_option
+@store_option
 @click.option("--out", type=FOLDER, help="The page.  [default: results/<profile>.html]")
 def report(
     run: Invocation,

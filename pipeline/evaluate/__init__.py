@@ -19,6 +19,7 @@ from pipeline.model import hash_weights, load_model, locate_checkpoint
 from pipeline.runs import read_run
 from pipeline.sae import load_sae, read_sae_config
 from store.errors import StoreMismatch
+from store.manifest import diff_identities
 from store.reader import ActivationStore, open_store
 
 _QUANTILES = 101  # points of each firing-frequency curve
@@ -84,12 +85,7 @@ def check_origin(store: ActivationStore, config: Config, corpus: Corpus, checkpo
         "corpus": corpus.manifest.fingerprint,
     }
     wanted = {name: store.manifest.identity.get(name) for name in found}
-    different = [
-        f"{name}: expected {wanted[name]}, got {found[name]}"
-        for name in found
-        if wanted[name] != found[name]
-    ]
-    if different:
+    if different := diff_identities(wanted, found):
         raise StoreMismatch(
             f"model and corpus for the store at {store.path}: {'; '.join(different)}. "
             "Run `pipeline evaluate` with the profile and --corpus that the store was made from."
