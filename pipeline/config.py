@@ -31,7 +31,7 @@ Rate = Annotated[FiniteFloat, Field(gt=0)]
 Weight = Annotated[FiniteFloat, Field(ge=0)]
 Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
 OpenFraction = Annotated[FiniteFloat, Field(gt=0, lt=1)]
-NumberFormat = Literal["float32", "float16", "bfloat16"]
+NumberFormat = Literal["float32", "float16", "bfloat16", "int8"]
 
 
 def _all_different(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -83,8 +83,9 @@ class CacheConfig(Section):
 
     hook: str  # resid_pre, resid_mid, resid_post, attn_out, mlp_out, or a TransformerLens hook name
     layers: Annotated[Indices, Field(min_length=1)]  # all from one pass over the model
-    acts_dtype: NumberFormat  # float32, float16 or bfloat16
+    acts_dtype: NumberFormat  # float32, float16, bfloat16, or int8 with scales
     grads_dtype: NumberFormat  # the same, for gradients
+    compression: Literal["none", "zstd", "blosc"]  # of every chunk; blosc: bit-shuffle, then zstd
     precision: Literal["float32", "bfloat16"]  # of the forward and backward pass
     batch_blocks: Count  # blocks per model batch
     shard_mb: Count  # target size of one shard's activations
@@ -109,7 +110,8 @@ class TrainConfig(Section):
     lr_warmup_fraction: Fraction  # of the steps
     lr_decay_fraction: Fraction  # of the steps, linearly to zero at the end
     exclude_positions: Indices  # positions of a block that training leaves out
-    window_shards: Count  # shards that are interleaved
+    window_shards: Count | None  # shards interleaved at once; null: as many as mix 0.9 of i.i.d.
+    allow_partial: bool  # train on the shards that are there where others are missing
     shuffle_seed: Index  # of the stream's order
     log_every: Count  # steps between logged rows
 
@@ -136,6 +138,11 @@ class RunConfig(Section):
     device: str  # "auto", "cpu", "cuda", "cuda:1"
     workers: Index  # dask workers on this machine; 0 runs in this process
     scheduler: str | None  # address of a running dask scheduler
+    threads: Count | None  # torch threads of each dask worker; null: cores / workers
+    worker_memory_gb: Rate | None  # a worker above it is restarted; null: the memory / workers
+    retries: Index  # times that a shard is tried again after the death of its worker
+    shard_cache: str | None  # folder for shards of remote stores; null: the user's cache folder
+    shard_cache_gb: Rate  # its size is kept below this
 
 
 class Config(Section):

@@ -57,7 +57,7 @@ def run_training(
         batch_size=config.batch_size,
         epochs=config.epochs,
         seed=config.shuffle_seed,
-        window=config.window_shards,
+        window=config.window_shards or 8,
         exclude_positions=config.exclude_positions,
         tokens=plan.n_steps * config.batch_size,
     )

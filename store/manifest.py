@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from store.errors import ManifestError, StoreMismatch, StoreNotFound
+from store.errors import ManifestError, StoreMismatch
 from store.layout import ShardSpec, StoreLayout, check_layout
 from store.numbers import FLOAT_FORMATS, FORMATS, NumberFormat, Statistics
 from store.shardfile import MEND, ShardFormat
@@ -205,20 +205,12 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return (json.dumps(manifest.as_dict(), indent=1) + "\n").encode()
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Read and check the manifest of the store at `path`.
+def parse_manifest(content: bytes, file: str) -> Manifest:
+    """Check and parse manifest.json, whose path is `file` in messages.
 
-    Raises StoreNotFound if there is none; ManifestError if it is unreadable, of an unknown version,
-    changed since it was written, or contradicts itself.
+    Raises ManifestError if it is unreadable, of an unknown version, changed since it was written,
+    or contradicts itself.
     """
-    file = path / MANIFEST_NAME
-    try:
-        content = file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise StoreNotFound(
-            f"store at {path}: expected a folder with {MANIFEST_NAME}, got none. "
-            "Run `pipeline cache` to make it."
-        ) from None
     try:
         fields = json.loads(content)
         _expect(file, "format", FORMAT, fields["format"])
@@ -289,7 +281,7 @@ def diff_identities(expected: Any, found: Any, _key: str = "") -> list[str]:
 
 
 def check_identity(
-    expected: dict[str, Any], found: dict[str, Any], where: Path, advice: str
+    expected: dict[str, Any], found: dict[str, Any], where: str | Path, advice: str
 ) -> None:
     """Raise StoreMismatch with the field-by-field difference, followed by the next step to take."""
     if lines := diff_identities(expected, found):
@@ -298,7 +290,7 @@ def check_identity(
         )
 
 
-def _expect(file: Path, field: str, expected: Any, found: Any) -> None:
+def _expect(file: str, field: str, expected: Any, found: Any) -> None:
     if found != expected:
         raise ManifestError(f"{field} in {file}: expected {expected}, got {found}. {MEND}")
 

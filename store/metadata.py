@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from store.errors import ManifestError
+from store.files import StoreFiles
 from store.manifest import FORMAT, FORMAT_VERSION, ArraySpec, StoreSpec
 from store.shardfile import MEND
 
@@ -44,12 +45,12 @@ def create_metadata(folder: Path, spec: StoreSpec) -> None:
         )
 
 
-def check_metadata(folder: Path, spec: StoreSpec) -> None:
+def check_metadata(files: StoreFiles, spec: StoreSpec) -> None:
     """Raise ManifestError where a zarr.json is missing, cut, or not what the manifest asks for."""
     for path, expected in list_metadata(spec).items():
-        file = folder / path
+        file = files.locate(path)
         try:
-            found = json.loads(file.read_bytes())
+            found = json.loads(files.read_bytes(path))
             found.keys()
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise ManifestError(

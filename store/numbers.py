@@ -53,6 +53,19 @@ class Statistics(BaseModel):
     underflowed: int  # values that were not zero and are stored as zero
 
 
+class Stored(NamedTuple):
+    """Numbers as they are on disk, with what turns them back into values."""
+
+    numbers: np.ndarray  # [rows, *row_shape] of the disk dtype
+    row_scale: np.ndarray | None = None  # float32 [rows], of a scaled format
+    channel_scale: np.ndarray | None = None  # float32 [width], of a scaled format
+
+    def take(self, rows: np.ndarray | slice) -> "Stored":
+        """Some of the rows; a view where `rows` is a slice."""
+        scale = None if self.row_scale is None else self.row_scale[rows]
+        return Stored(self.numbers[rows], scale, self.channel_scale)
+
+
 class RowNames(NamedTuple):
     """What to call the rows in an error message."""
 
@@ -66,23 +79,31 @@ class RowNames(NamedTuple):
         return f"{self.array} at shard {self.shard}, block {block}, position {position}"
 
 
-def encode_numbers(values: Tensor, number_format: NumberFormat) -> np.ndarray:
-    """The values in the disk dtype, same shape; saturated ones become the largest finite number."""
+def encode_numbers(values: Tensor, number_format: NumberFormat) -> Stored:
+    """The values as the disk will hold them; saturated ones become the largest finite number."""
     converted = values.detach().to(number_format.memory).contiguous()
     if number_format.memory.is_floating_point:
         limit = torch.finfo(number_format.memory).max
         converted = converted.clamp(-limit, limit)
     if number_format.name == "bfloat16":  # numpy has no bfloat16
         converted = converted.view(torch.int16)
-    return converted.numpy().view(number_format.disk)
+    return Stored(converted.numpy().view(number_format.disk))
 
 
-def decode_numbers(stored: np.ndarray, number_format: NumberFormat) -> Tensor:
-    """The exact stored values, as float32 or int32. `stored` must be writable."""
-    if number_format.name == "bfloat16":
-        return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16).float()
-    tensor = torch.from_numpy(stored)
-    return tensor.float() if number_format.memory.is_floating_point else tensor
+def decode_numbers(
+    stored: Stored, number_format: NumberFormat, out: Tensor | None = None
+) -> Tensor:
+    """The exact stored values as float32 or int32, written into `out` where it is given.
+
+    The numbers must be writable; without `out` the result may share their memory.
+    """
+    if number_format.name == "bfloat16":  # numpy has no bfloat16
+        values = torch.from_numpy(stored.numbers.view(np.int16)).view(torch.bfloat16)
+    else:
+        values = torch.from_numpy(stored.numbers)
+    if out is not None:
+        return out.copy_(values)
+    return values.float() if number_format.memory.is_floating_point else values
 
 
 def check_numbers(

@@ -10,10 +10,9 @@ an array's shape.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -23,12 +22,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from store.errors import ShardCorrupt, ShardMissing, StoreError
+from store.errors import ShardCorrupt, ShardMissing, StoreError, StoreNotFound
+from store.files import LocalFiles, StoreFiles
 from store.layout import ShardSpec, permute_rows
-from store.manifest import ArraySpec, Manifest, StoreSpec, locate_shard, read_manifest
+from store.manifest import (
+    MANIFEST_NAME,
+    ArraySpec,
+    FileRecord,
+    Manifest,
+    StoreSpec,
+    locate_shard,
+    parse_manifest,
+)
 from store.metadata import check_metadata
-from store.numbers import decode_numbers
+from store.numbers import Stored, decode_numbers
 from store.shardfile import MEND, check_shard, read_chunk
+
+COLUMNS = ("tokens", "loss", "block", "position")  # of every hook alike
 
 
 class Rows(NamedTuple):
@@ -63,12 +73,22 @@ class DamagedFile(NamedTuple):
 class ActivationStore:
     """An opened store; holds no file open and no rows in memory."""
 
-    path: Path
+    files: StoreFiles
     manifest: Manifest
+    present: tuple[int, ...]  # shards that can be read: all of them, unless told that some will do
 
     @cached_property
     def spec(self) -> StoreSpec:
         return self.manifest.spec
+
+    @cached_property
+    def arrays(self) -> dict[str, ArraySpec]:
+        return self.spec.arrays()
+
+    @property
+    def where(self) -> str:
+        """The store's path or URL, for messages; never with credentials."""
+        return self.files.where
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -92,7 +112,7 @@ class ActivationStore:
             return self.hooks[0]
         if hook not in self.hooks:
             raise StoreError(
-                f"hook at {self.path}: expected one of {self.hooks}, got {hook or 'none'}. "
+                f"hook at {self.where}: expected one of {self.hooks}, got {hook or 'none'}. "
                 "Name one of these, or run `pipeline cache` with that layer too."
             )
         return hook
@@ -106,7 +126,7 @@ class ActivationStore:
         n_rows = self._find_shard(shard).n_rows
         if not 0 <= start <= stop <= n_rows:
             raise StoreError(
-                f"slots of shard {shard} at {self.path}: expected a range in 0..{n_rows}, "
+                f"slots of shard {shard} at {self.where}: expected a range in 0..{n_rows}, "
                 f"got {start}..{stop}. Ask for slots that hold rows."
             )
         return self._take_rows(shard, np.arange(start, stop), hook)
@@ -127,7 +147,7 @@ class ActivationStore:
         shard, slots = self._find_block(block)
         if not 0 <= position < len(slots):
             raise StoreError(
-                f"position in block {block} at {self.path}: expected 0..{len(slots) - 1}, "
+                f"position in block {block} at {self.where}: expected 0..{len(slots) - 1}, "
                 f"got {position}. Ask for a position that the block has."
             )
         acts, grads, tokens, loss, _, _ = self._take_rows(
@@ -137,8 +157,7 @@ class ActivationStore:
 
     def read_column(self, shard: int, name: str) -> Tensor:
         """A shard's "tokens", "loss", "block" or "position", whole, in stored order."""
-        slots = np.arange(self._find_shard(shard).n_rows)
-        return self._take_array(shard, self.spec.arrays()[name], slots)
+        return self._take_values(shard, name, np.arange(self._find_shard(shard).n_rows))
 
     def verify(self, on_progress: Callable[[int], None] | None = None) -> None:
         """Compare every file's sha256 with the manifest. Raises ShardCorrupt naming the damage."""
@@ -146,14 +165,14 @@ class ActivationStore:
         if damage:
             listed = "; ".join(f"{file.path} ({file.problem})" for file in damage)
             raise ShardCorrupt(
-                f"store at {self.path}: expected the bytes in the manifest, "
+                f"store at {self.where}: expected the bytes in the manifest, "
                 f"got {len(damage)} damaged files: {listed}. {MEND}"
             )
 
     def _find_shard(self, shard: int) -> ShardSpec:
         if not 0 <= shard < len(self.shards):
             raise StoreError(
-                f"shard at {self.path}: expected 0..{len(self.shards) - 1}, got {shard}. "
+                f"shard at {self.where}: expected 0..{len(self.shards) - 1}, got {shard}. "
                 "Ask for one of these."
             )
         return self.shards[shard]
@@ -162,60 +181,97 @@ class ActivationStore:
         """The block's shard, and the slots of its rows in position order."""
         if not 0 <= block < self.manifest.n_blocks:
             raise StoreError(
-                f"block at {self.path}: expected 0..{self.manifest.n_blocks - 1}, got {block}. "
+                f"block at {self.where}: expected 0..{self.manifest.n_blocks - 1}, got {block}. "
                 "Ask for one of these."
             )
         shard = block // self.spec.layout.blocks_per_shard
         slots = np.flatnonzero(self.read_column(shard, "block").numpy() == block)
-        position = self._take_array(shard, self.spec.arrays()["position"], slots)
+        position = self._take_values(shard, "position", slots)
         return shard, slots[np.argsort(position.numpy())]
 
-    def _take_rows(self, shard: int, slots: np.ndarray, hook: str | None) -> Rows:
-        hook, arrays = self.pick_hook(hook), self.spec.arrays()
-        paths = (f"{hook}/acts", f"{hook}/grads", "tokens", "loss", "block", "position")
-        return Rows(*(self._take_array(shard, arrays[path], slots) for path in paths))
+    def read_stored(self, shard: int, path: str, slots: np.ndarray) -> Stored:
+        """An array's numbers at these slots of a shard, in their order, as they are on disk.
 
-    def _take_array(self, shard: int, array: ArraySpec, slots: np.ndarray) -> Tensor:
-        """The array's values at these slots, in their order; reads and checks each chunk once."""
+        Reads and checks each chunk that holds one of them once. Raises as read_slots does.
+        """
+        return Stored(self._take_array(shard, self.arrays[path], slots))
+
+    def _take_rows(self, shard: int, slots: np.ndarray, hook: str | None) -> Rows:
+        hook = self.pick_hook(hook)
+        paths = (f"{hook}/acts", f"{hook}/grads", *COLUMNS)
+        return Rows(*(self._take_values(shard, path, slots) for path in paths))
+
+    def _take_values(self, shard: int, path: str, slots: np.ndarray) -> Tensor:
+        return decode_numbers(self.read_stored(shard, path, slots), self.arrays[path].numbers)
+
+    def _take_array(self, shard: int, array: ArraySpec, slots: np.ndarray) -> np.ndarray:
         shard_format = self.spec.shard_format(array)
         record = self.manifest.shards[shard]
-        where = str(self.path / locate_shard(array.path, shard))
+        file_record = record.files[array.path]
+        path = locate_shard(array.path, shard)
+        where = self.files.locate(path)
         taken = np.empty((len(slots), *array.row_shape), array.numbers.disk)
         chunk_of, row_of = np.divmod(slots, shard_format.rows_per_chunk)
         by_chunk = np.argsort(chunk_of, kind="stable")
         chunks, starts = np.unique(chunk_of[by_chunk], return_index=True)
-        with _open_shard(where) as file:
+        with _open_shard(self.files, path, file_record) as file:
             check_shard(file, shard_format, record.n_rows, where)
             for chunk, here in zip(chunks.tolist(), np.split(by_chunk, starts)[1:], strict=True):
-                rows = read_chunk(file, chunk, shard_format, record.files[array.path].crc32c, where)
+                rows = read_chunk(file, chunk, shard_format, file_record.crc32c, where)
                 taken[here] = rows[row_of[here]]
-        return decode_numbers(taken, array.numbers)
+        return taken
 
 
-def open_store(path: str | Path) -> ActivationStore:
-    """Open the store at `path`, checking all that can be checked without reading the shards.
+def open_store(
+    source: str | Path | StoreFiles, *, hook: str | None = None, allow_partial: bool = False
+) -> ActivationStore:
+    """Open the store at a path or URL, checking all that needs no reading of shards.
 
-    That is its manifest, its Zarr metadata, and every file's presence and size. Raises
-    StoreNotFound, ManifestError, ShardMissing or ShardCorrupt.
+    That is its manifest, its Zarr metadata, and, on this machine, every file's presence and size;
+    given a hook, only of the files that reading that hook takes. With `allow_partial`, shards that
+    are not there are left out of `present` instead of an error. Raises StoreNotFound,
+    ManifestError, ShardMissing or ShardCorrupt.
     """
-    path = Path(path)
-    store = ActivationStore(path, read_manifest(path))
-    check_metadata(path, store.spec)
-    missing = [file for file in _list_files(store) if not (path / file.path).is_file()]
-    if missing:
-        shards = sorted({file.shard for file in missing})
+    files = open_files(source) if isinstance(source, str | Path) else source
+    manifest = read_manifest(files)
+    store = ActivationStore(files, manifest, tuple(range(len(manifest.shards))))
+    check_metadata(files, store.spec)
+    hook = None if hook is None else store.pick_hook(hook)
+    missing = find_missing(store, hook)
+    if len(missing) == len(store.shards) or (missing and not allow_partial):
         raise ShardMissing(
-            f"store at {path}: expected every shard, got {len(shards)} of {len(store.shards)} "
-            f"shards missing (the first file is {missing[0].path}). {MEND}"
+            f"store at {store.where}: expected every shard, got {len(missing)} of "
+            f"{len(store.shards)} shards missing (the first file is {next(iter(missing.values()))})"
+            f". {MEND}"
         )
-    for file in _list_files(store):
-        found = (path / file.path).stat().st_size
-        if found != file.bytes:
-            where = path / file.path
+    return replace(store, present=tuple(i for i in store.present if i not in missing))
+
+
+def open_files(source: str | Path) -> StoreFiles:
+    """The files at a path or URL."""
+    if "://" in str(source) or str(source).startswith("dvc+"):
+        from store.remote import open_remote  # with its libraries, which a path needs not
+
+        return open_remote(str(source))
+    return LocalFiles(source)
+
+
+def find_missing(store: ActivationStore, hook: str | None = None) -> dict[int, str]:
+    """Shards that lack a file (for one hook, if given), with the first such file.
+
+    Raises ShardCorrupt for a file of another size.
+    """
+    missing: dict[int, str] = {}
+    for file in list_files(store, hook):
+        found = store.files.find_size(file.path, file.record)
+        if found is None:
+            missing.setdefault(file.shard, file.path)
+        elif found != file.record.bytes:
             raise ShardCorrupt(
-                f"shard file at {where}: expected {file.bytes} bytes, got {found}. {MEND}"
+                f"shard file at {store.files.locate(file.path)}: expected {file.record.bytes} "
+                f"bytes, got {found}. {MEND}"
             )
-    return store
+    return missing
 
 
 def find_damage(
@@ -223,46 +279,57 @@ def find_damage(
 ) -> list[DamagedFile]:
     """Every shard file whose sha256 is not the manifest's; `on_progress` is told the bytes read."""
     damage = []
-    for file in _list_files(store):
+    for file in list_files(store):
         try:
-            found = _hash_file(store.path / file.path)
+            with (
+                store.files.open(file.path, file.record) as descriptor,
+                open(descriptor, "rb", closefd=False) as opened,
+            ):
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
         except OSError as error:
             damage.append(DamagedFile(file.shard, file.path, error.strerror or str(error)))
             continue
-        if found != file.sha256:
+        if found != file.record.sha256:
             damage.append(DamagedFile(file.shard, file.path, "other content"))
         if on_progress:
-            on_progress(file.bytes)
+            on_progress(file.record.bytes)
     return damage
 
 
-@contextmanager
-def _open_shard(where: str) -> Iterator[int]:
-    try:
-        file = os.open(where, os.O_RDONLY)
-    except FileNotFoundError:
-        raise ShardMissing(f"shard file at {where}: expected a file, got none. {MEND}") from None
-    try:
-        yield file
-    finally:
-        os.close(file)
-
-
-class _ListedFile(NamedTuple):
+class ListedFile(NamedTuple):
     shard: int
-    path: str
-    bytes: int
-    sha256: str
+    path: str  # inside the store
+    record: FileRecord
 
 
-def _list_files(store: ActivationStore) -> Iterator[_ListedFile]:
-    for record in store.manifest.shards:
-        for array, file in record.files.items():
-            yield _ListedFile(
-                record.index, locate_shard(array, record.index), file.bytes, file.sha256
-            )
+def list_files(store: ActivationStore, hook: str | None = None) -> Iterator[ListedFile]:
+    """Every shard file; given a hook, only those that reading it takes."""
+    others = {other for other in store.hooks if hook not in (None, other)}
+    for shard in store.manifest.shards:
+        for array, record in shard.files.items():
+            if array.rpartition("/")[0] not in others:
+                yield ListedFile(shard.index, locate_shard(array, shard.index), record)
 
 
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def read_manifest(files: StoreFiles) -> Manifest:
+    """Read and check a store's manifest. Raises StoreNotFound if there is none, ManifestError."""
+    try:
+        content = files.read_bytes(MANIFEST_NAME)
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreNotFound(
+            f"store at {files.where}: expected a folder with {MANIFEST_NAME}, got none. "
+            "Run `pipeline cache` to make it."
+        ) from None
+    return parse_manifest(content, files.locate(MANIFEST_NAME))
+
+
+@contextmanager
+def _open_shard(files: StoreFiles, path: str, record: FileRecord) -> Iterator[int]:
+    with ExitStack() as opened:
+        try:
+            descriptor = opened.enter_context(files.open(path, record))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ShardMissing(
+                f"shard file at {files.locate(path)}: expected a file, got none. {MEND}"
+            ) from None
+        yield descriptor

@@ -58,8 +58,8 @@ def stream_batches(
     wanted = n_rows if tokens is None else tokens
     if not batch_size <= wanted <= n_rows:
         raise StoreError(
-            f"rows at {store.path}: expected {max(wanted, batch_size)} or more in {epochs} epochs, "
-            f"got {n_rows}. Ask for fewer tokens or a smaller batch, or raise train.epochs."
+            f"rows at {store.where}: expected {max(wanted, batch_size)} or more in {epochs} "
+            f"epochs, got {n_rows}. Ask for fewer tokens or a smaller batch, or raise train.epochs."
         )
     sizes = [shard.n_rows for shard in store.shards]
     slice_rows = max(MIN_SLICE_ROWS, batch_size // even_window(len(sizes), window))
@@ -78,8 +78,8 @@ def count_rows(store: ActivationStore, exclude_positions: Sequence[int] = ()) ->
     excluded = sorted(set(exclude_positions))
     if excluded and (excluded[0] < 0 or excluded[-1] >= context_length):
         raise StoreError(
-            f"exclude_positions at {store.path}: expected 0..{context_length - 1}, got {excluded}. "
-            "Change train.exclude_positions."
+            f"exclude_positions at {store.where}: expected 0..{context_length - 1}, got "
+            f"{excluded}. Change train.exclude_positions."
         )
     if store.n_rows == store.manifest.n_slots:
         return store.n_rows - store.manifest.n_blocks * len(excluded)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from store.disk import check_room, disk_errors, free_bytes, make_folder, write_durably
 from store.errors import ManifestError
+from store.files import LocalFiles
 from store.layout import ShardSpec, permute_rows
 from store.lock import lock_work
 from store.manifest import FileRecord, ShardRecord, StoreSpec, check_identity, locate_shard
@@ -86,7 +87,7 @@ def prepare_work(work: Path, spec: StoreSpec) -> None:
                 wanted, found, work, "Remove that folder and run `pipeline cache` again."
             )
         try:
-            check_metadata(store_folder(work), spec)
+            check_metadata(LocalFiles(store_folder(work)), spec)
         except ManifestError:
             _write_metadata(work, spec, scratch)
 
@@ -145,7 +146,7 @@ def _write_files(
     order = permute_rows(spec.seed, shard.index, shard.n_rows)
     files = {}
     for path, array in spec.arrays().items():
-        stored = encode_numbers(columns[path], array.numbers)[order]
+        stored = encode_numbers(columns[path], array.numbers).take(order).numbers
         encoded = encode_shard(stored, spec.shard_format(array))
         target = store_folder(work) / locate_shard(path, shard.index)
         written = write_durably(target, encoded.pieces, scratch=work / "scratch")

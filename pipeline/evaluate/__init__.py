@@ -87,7 +87,7 @@ def check_origin(store: ActivationStore, config: Config, corpus: Corpus, checkpo
     wanted = {name: store.manifest.identity.get(name) for name in found}
     if different := diff_identities(wanted, found):
         raise StoreMismatch(
-            f"model and corpus for the store at {store.path}: {'; '.join(different)}. "
+            f"model and corpus for the store at {store.where}: {'; '.join(different)}. "
             "Run `pipeline evaluate` with the profile and --corpus that the store was made from."
         )
 

@@ -84,7 +84,7 @@ def work_of(out: Path, spec: StoreSpec) -> Path:
 
 def as_stored(values: torch.Tensor, dtype: str) -> torch.Tensor:
     """What a format keeps of the values."""
-    return decode_numbers(encode_numbers(values, FORMATS[dtype]).copy(), FORMATS[dtype])
+    return decode_numbers(encode_numbers(values, FORMATS[dtype]), FORMATS[dtype])
 
 
 def all_rows(spec: StoreSpec, hook: str = HOOK) -> store.Rows:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -25,7 +26,7 @@ ACTS, TOKENS = f"{HOOK}/acts/c/1/0", "tokens/c/1"
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("pristine") / "out", SPEC).path
+    return Path(write_store(tmp_path_factory.mktemp("pristine") / "out", SPEC).where)
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ def test_swapped_chunks_inside_a_file(path):
 
 def test_manifest_removed_or_of_another_store(path):
     manifest = path / "manifest.json"
-    other = write_store(path.parent / "other", make_spec(PADDED, weights="w1")).path
+    other = Path(write_store(path.parent / "other", make_spec(PADDED, weights="w1")).where)
     shutil.copy(other / "manifest.json", manifest)
     with pytest.raises(ManifestError, match="fingerprint"):
         store.open_store(path)

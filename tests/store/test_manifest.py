@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from store.errors import ManifestError, StoreNotFound
+from store.files import LocalFiles
 from store.manifest import (
     StoreSpec,
     _checksum,
@@ -16,8 +18,8 @@ from store.manifest import (
     encode_manifest,
     fingerprint_of,
     locate_shard,
-    read_manifest,
 )
+from store.reader import read_manifest
 from tests.store.small_store import HOOK, make_spec, write_store
 
 JSON = st.recursive(
@@ -34,7 +36,7 @@ IDENTITY = st.dictionaries(st.text(), JSON, max_size=4)
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("pristine") / "out", make_spec()).path
+    return Path(write_store(tmp_path_factory.mktemp("pristine") / "out", make_spec()).where)
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def test_spec_refuses_contradictions(change):
 
 
 def test_manifest_round_trip(written):
-    manifest = read_manifest(written)
+    manifest = read_manifest(LocalFiles(written))
     assert manifest.spec == make_spec()
     assert build_manifest(manifest.spec, manifest.shards) == manifest
     assert encode_manifest(manifest) == (written / "manifest.json").read_bytes()
@@ -113,7 +115,7 @@ def test_no_store(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "none", tmp_path, tmp_path / "file"):
         with pytest.raises(StoreNotFound, match=f"{path}.*pipeline cache"):
-            read_manifest(path)
+            read_manifest(LocalFiles(path))
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, -3])
@@ -121,14 +123,14 @@ def test_cut_manifest(written, size):
     file = written / "manifest.json"
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(ManifestError, match=r"manifest\.json"):
-        read_manifest(written)
+        read_manifest(LocalFiles(written))
 
 
 def test_edit_without_new_checksum(written):
     file = written / "manifest.json"
     file.write_text(file.read_text().replace('"underflowed": 0', '"underflowed": 1', 1))
     with pytest.raises(ManifestError, match="checksum"):
-        read_manifest(written)
+        read_manifest(LocalFiles(written))
 
 
 def set_field(*keys, value):
@@ -171,14 +173,14 @@ FILE = ("shards", 1, "files", "tokens")
 def test_forged_manifest(written, change, message):
     edit(written, change)
     with pytest.raises(ManifestError, match=message):
-        read_manifest(written)
+        read_manifest(LocalFiles(written))
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '{"format": 1}', "NaN", "\xff"])
 def test_other_files_in_its_place(written, content):
     (written / "manifest.json").write_text(content, encoding="latin-1")
     with pytest.raises(ManifestError, match=r"manifest\.json"):
-        read_manifest(written)
+        read_manifest(LocalFiles(written))
 
 
 def test_chunk_keys():

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from store.errors import ManifestError
+from store.files import LocalFiles
 from store.metadata import check_metadata, create_metadata, list_metadata
 from tests.store.small_store import HOOK, PADDED, list_files, make_spec
 
@@ -23,7 +24,7 @@ def test_zarr_writes_what_is_expected(tmp_path, acts_dtype, hooks):
     create_metadata(tmp_path / "two", spec)
     assert list_files(tmp_path / "one") == list_files(tmp_path / "two")
     assert list_files(tmp_path / "one").keys() == list_metadata(spec).keys()
-    check_metadata(tmp_path / "one", spec)
+    check_metadata(LocalFiles(tmp_path / "one"), spec)
 
 
 @pytest.mark.parametrize("path", sorted(list_metadata(make_spec())))
@@ -35,7 +36,7 @@ def test_cut_or_missing(folder, path, size):
     if size is not None:
         file.write_bytes(content[:size])
     with pytest.raises(ManifestError, match="Zarr metadata at"):
-        check_metadata(folder, make_spec())
+        check_metadata(LocalFiles(folder), make_spec())
 
 
 CODECS = ("codecs", 0, "configuration")
@@ -70,9 +71,9 @@ def test_other_values(folder, keys, value):
     place[keys[-1]] = value
     file.write_text(json.dumps(content))
     with pytest.raises(ManifestError, match=rf"{keys[0]} in .*acts/zarr\.json: expected"):
-        check_metadata(folder, make_spec())
+        check_metadata(LocalFiles(folder), make_spec())
 
 
 def test_metadata_of_another_store(folder):
     with pytest.raises(ManifestError, match=r"attributes in .*fingerprint"):
-        check_metadata(folder, make_spec(weights="w1"))
+        check_metadata(LocalFiles(folder), make_spec(weights="w1"))

@@ -11,6 +11,7 @@ from store.numbers import (
     FORMATS,
     MAX_UNDERFLOWED_FRACTION,
     RowNames,
+    Stored,
     check_numbers,
     decode_numbers,
     encode_numbers,
@@ -46,9 +47,9 @@ def test_stored_values_are_read_and_written_without_change(name, values):
     once = as_stored(torch.tensor(values), name)
     assert once.dtype == torch.float32
     assert torch.equal(as_stored(once, name), once)
-    bits = encode_numbers(once, FORMATS[name])
+    bits = encode_numbers(once, FORMATS[name]).numbers
     assert bits.dtype == FORMATS[name].disk
-    assert bits.tobytes() == encode_numbers(as_stored(once, name), FORMATS[name]).tobytes()
+    assert bits.tobytes() == encode_numbers(as_stored(once, name), FORMATS[name]).numbers.tobytes()
 
 
 def test_integers_are_exact():
@@ -61,7 +62,7 @@ def test_integers_are_exact():
 @pytest.mark.parametrize("name", FORMATS)
 def test_fill_is_no_value(name):
     fill = np.full(1, FORMATS[name].fill, FORMATS[name].disk)
-    value = decode_numbers(fill, FORMATS[name]).item()
+    value = decode_numbers(Stored(fill), FORMATS[name]).item()
     assert np.isnan(value) if FORMATS[name].memory.is_floating_point else value == -1
 
 

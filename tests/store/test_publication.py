@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +24,7 @@ SPEC = make_spec()
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    return write_store(tmp_path_factory.mktemp("pristine") / "out", SPEC).path.parent
+    return Path(write_store(tmp_path_factory.mktemp("pristine") / "out", SPEC).where).parent
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def count_leftovers(out):
 
 
 def test_published_store_is_linked_to_the_work_folder(tmp_path):
-    out = write_store(tmp_path / "out", SPEC).path
+    out = Path(write_store(tmp_path / "out", SPEC).where)
     work = work_of(out, SPEC)
     for path in list_files(out):
         assert (out / path).stat().st_ino == (work / "store" / path).stat().st_ino
@@ -133,7 +134,7 @@ def test_replacing_goes_on_where_it_was_killed(out):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_is_no_store_is_never_replaced(tmp_path, overwrite):
     out = tmp_path / "out"
-    shutil.rmtree(write_store(out, SPEC).path)
+    shutil.rmtree(write_store(out, SPEC).where)
     out.mkdir()
     (out / "thesis.tex").write_text("precious")
     with pytest.raises(StoreMismatch, match=f"output at {out}"):

@@ -1,6 +1,7 @@
 """Reading: exactly what was written, by our reader, by zarr-python and by TensorStore."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import zarr
 
 import store
 from store.layout import permute_rows
-from store.numbers import FORMATS, decode_numbers
+from store.numbers import FORMATS, Stored, decode_numbers
 from tests.store.small_store import (
     HOOK,
     PACKED,
@@ -99,7 +100,7 @@ def test_other_readers_see_the_same(opened, read):
     names = {"acts": f"{HOOK}/acts", "grads": f"{HOOK}/grads"}
     for field, expected in zip(store.Rows._fields, written, strict=True):
         array = spec.arrays()[names.get(field, field)]
-        stored = read(opened.path, array.path)
+        stored = read(Path(opened.where), array.path)
         assert stored.shape == (spec.layout.n_slots, *array.row_shape)
         assert stored.dtype == array.numbers.disk
         rows, padding = [], []
@@ -111,7 +112,7 @@ def test_other_readers_see_the_same(opened, read):
             unpermuted[order] = slots[: shard.n_rows]
             rows.append(unpermuted)
             padding.append(slots[shard.n_rows :])
-        assert torch.equal(decode_numbers(np.concatenate(rows), array.numbers), expected)
+        assert torch.equal(decode_numbers(Stored(np.concatenate(rows)), array.numbers), expected)
         fill = np.full((), array.numbers.fill, array.numbers.disk)
         assert np.array_equal(
             np.concatenate(padding), np.broadcast_to(fill, np.concatenate(padding).shape),
@@ -120,7 +121,7 @@ def test_other_readers_see_the_same(opened, read):
 
 
 def test_zarr_sees_dimensions_and_attributes(opened):
-    root = zarr.open_group(opened.path, mode="r")
+    root = zarr.open_group(opened.where, mode="r")
     assert root.attrs["fingerprint"] == opened.manifest.fingerprint
     assert root[f"{HOOK}/acts"].metadata.dimension_names == ("slot", "channel")
     assert root[f"{HOOK}/acts"].attrs["number_format"] == opened.manifest.acts_dtype
@@ -175,7 +176,7 @@ def test_contiguous_slots_read_only_their_chunks(opened, monkeypatch):
     monkeypatch.setattr(os, "pread", spy)
     opened.read_slots(shard, rows_per_chunk + 1, min(rows_per_chunk + 3, n_rows))
     chunk_bytes = {
-        str(opened.path / store.manifest.locate_shard(array.path, shard)): (
+        str(Path(opened.where) / store.manifest.locate_shard(array.path, shard)): (
             opened.spec.shard_format(array).chunk_bytes + 4
         )
         for array in opened.spec.arrays().values()
@@ -187,7 +188,7 @@ def test_contiguous_slots_read_only_their_chunks(opened, monkeypatch):
 
 def test_opening_reads_no_shard(opened, monkeypatch):
     monkeypatch.delattr(os, "pread")
-    assert store.open_store(str(opened.path)).manifest == opened.manifest
+    assert store.open_store(opened.where).manifest == opened.manifest
 
 
 def test_verify_reports_progress(opened):

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,7 +183,7 @@ def test_prefetch_is_bounded(packed, monkeypatch):
 
 def test_errors_of_the_thread_reach_the_consumer(tmp_path):
     opened = write_store(tmp_path / "out", make_spec())
-    (opened.path / "tokens/c/3").unlink()
+    (Path(opened.where) / "tokens/c/3").unlink()
     with pytest.raises(store.ShardMissing):
         stream(opened)
     assert not prefetching()

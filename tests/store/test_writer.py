@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_what_is_no_commit_is_swept_and_made_again(work, spec, damage):
 
 def test_bytes_depend_on_the_inputs_alone(tmp_path, spec):
     """Another order, an interruption, other facts: the same store, provenance.json apart."""
-    straight = write_store(tmp_path / "a/out", spec).path
+    straight = Path(write_store(tmp_path / "a/out", spec).where)
     work, out = tmp_path / "b/work", tmp_path / "b/out"
     prepare_work(work, spec)
     for index in (3, 1, 4):
@@ -135,7 +136,7 @@ def test_work_folder_of_another_spec(work, spec):
 
 def test_required_bytes_is_what_a_store_takes(tmp_path):
     spec = make_spec(PACKED, d_model=300)
-    path = write_store(tmp_path / "out", spec).path
+    path = Path(write_store(tmp_path / "out", spec).where)
     taken = sum(len(content) for content in list_files(path).values())
     assert taken <= required_bytes(spec) < 1.3 * taken
 

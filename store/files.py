@@ -1,0 +1,71 @@
+"""Where a store's files are, as a reader sees them: a folder, or a remote behind a cache.
+
+A reader asks for small files whole (`read_bytes`: the manifest and the Zarr metadata) and for shard
+files as open descriptors (`open`). Neither vouches for content: the manifest's checksums do, in the
+reader.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from store.manifest import FileRecord
+
+
+@runtime_checkable
+class StoreFiles(Protocol):
+    """The files of one store, by their path inside it."""
+
+    @property
+    def where(self) -> str:
+        """The store's path or URL for messages and records; never with credentials."""
+        ...
+
+    def locate(self, path: str) -> str:
+        """A file's path or URL for messages; never with credentials."""
+        ...
+
+    def read_bytes(self, path: str) -> bytes:
+        """A small file's content. Raises FileNotFoundError or NotADirectoryError without one."""
+        ...
+
+    def find_size(self, path: str, file: FileRecord) -> int | None:
+        """A shard file's size, None where it is missing; `file`'s own where asking costs a trip."""
+        ...
+
+    def open(self, path: str, file: FileRecord) -> AbstractContextManager[int]:
+        """A descriptor of a shard file, on this machine. Raises FileNotFoundError without one."""
+        ...
+
+
+class LocalFiles:
+    """A store's files in a folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @property
+    def where(self) -> str:
+        return str(self.folder)
+
+    def locate(self, path: str) -> str:
+        return str(self.folder / path)
+
+    def read_bytes(self, path: str) -> bytes:
+        return (self.folder / path).read_bytes()
+
+    def find_size(self, path: str, file: FileRecord) -> int | None:  # noqa: ARG002
+        try:
+            return (self.folder / path).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    @contextmanager
+    def open(self, path: str, file: FileRecord) -> Iterator[int]:  # noqa: ARG002
+        descriptor = os.open(self.folder / path, os.O_RDONLY)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
