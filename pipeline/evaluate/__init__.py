@@ -98,7 +98,7 @@ def mean_activation(
     """Mean activation [d_model] of the store's first shard, without the positions that training
     leaves out.
     """
-    rows = store.read_shard(0, hook)
+    rows = store.read_shard(store.present[0], hook)
     kept = ~torch.isin(rows.position, torch.tensor(exclude_positions, dtype=rows.position.dtype))
     return rows.acts[kept].mean(0)
 
