@@ -1,8 +1,9 @@
 """Stage one: run the model once over the corpus; write activations and gradients, shard by shard.
 
 `plan_cache` (pipeline.cache_plan) decides everything beforehand; `run_cache` maps one idempotent
-function over the missing shards. The mapper is an argument: `map` in this process, `client.map` on
-dask. A task is a few paths and integers; the worker that runs it loads the model once and keeps it.
+function over the missing shards. The mapper is an argument: `map` in this process, that of
+pipeline.cluster on dask. A task is a few paths and integers; the worker that runs it loads the
+model once and keeps it.
 """
 
 import functools
@@ -10,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,11 +19,13 @@ import torch
 from pipeline.cache_plan import CachePlan, CaptureSettings
 from pipeline.capture import capture
 from pipeline.corpus.reader import Corpus, open_corpus
-from pipeline.errors import ConfigError, CorpusError, ModelError, PipelineError
+from pipeline.device import pick_device
+from pipeline.errors import CorpusError, ModelError
 from pipeline.model import LanguageModel, hash_weights, load_model
 from store.layout import ShardSpec
 from store.manifest import Manifest, StoreSpec
-from store.publication import find_published
+from store.publication import find_published, sweep_aside
+from store.work import read_commits
 from store.writer import (
     ShardRows,
     check_room,
@@ -34,14 +37,12 @@ from store.writer import (
     write_shard,
 )
 
-_SCHEDULER_TIMEOUT_S = 10
-
 Mapper = Callable[[Callable[[ShardSpec], int], Iterable[ShardSpec]], Iterable[int]]
 
 
 def run_cache(
     plan: CachePlan,
-    mapper: Mapper = map,
+    workers: AbstractContextManager[Mapper] | None = None,
     *,
     provenance: dict,
     overwrite: bool = False,
@@ -50,13 +51,15 @@ def run_cache(
     """Compute the missing shards and publish the store.
 
     A finished store of equal fingerprint is left as it is, or adopted from the work folder. Holds
-    the work folder's lock throughout: StoreLocked names whoever else does. Killed at any moment, a
-    second call computes only the shards that were not committed.
+    the work folder's lock throughout: StoreLocked names whoever else does. `workers` (none: this
+    process) is entered only with that lock held, if shards are missing, and left before it is
+    released. Killed at any moment, a second call computes only the shards that were not committed.
     """
     published = find_published(plan.spec, plan.out, overwrite=overwrite)
-    if published is not None:
-        return published
     work = plan.settings.work
+    if published is not None:
+        sweep_aside(work, plan.spec, plan.out)
+        return published
     with lock_work(work):
         prepare_work(work, plan.spec)
         sweep(work)
@@ -64,10 +67,11 @@ def run_cache(
         missing = [shard for shard in plan.spec.layout.shards if shard.index not in committed]
         if missing:
             check_room(work, plan.needed_bytes)
-        compute = functools.partial(compute_shard, plan.settings, plan.spec)
-        for n_rows in mapper(compute, missing):
-            if on_progress:
-                on_progress(n_rows)
+            compute = functools.partial(compute_shard, plan.settings, plan.spec)
+            with workers or nullcontext(map) as mapper:
+                for n_rows in mapper(compute, missing):
+                    if on_progress:
+                        on_progress(n_rows)
         return publish(work, plan.spec, plan.out, provenance=provenance, overwrite=overwrite)
 
 
@@ -88,20 +92,30 @@ def estimate_seconds(plan: CachePlan) -> float:
 
 def compute_shard(settings: CaptureSettings, spec: StoreSpec, shard: ShardSpec) -> int:
     """Capture one shard's blocks and commit them; returns its number of rows. Idempotent."""
+    if read_commits(settings.work, spec, (shard,)):  # by a worker that died before it could say so
+        return shard.n_rows
     started = time.monotonic()
-    model = _load_model(settings)
-    corpus = _open_corpus_once(settings.corpus, settings.corpus_fingerprint)
+    settings = settings._replace(device=pick_device(settings.device))  # auto: as it is here
+    model, corpus = prepare_worker(settings)
     rows = capture_shard(model, corpus, spec, shard, settings)
     facts = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "device": settings.device,
+        "device": str(torch.empty(0, device=settings.device).device),
         "threads": torch.get_num_threads(),
         "batch_blocks": settings.batch_blocks,
         "seconds": round(time.monotonic() - started, 3),
     }
     write_shard(settings.work, spec, shard, rows, facts=facts)
     return shard.n_rows
+
+
+def prepare_worker(settings: CaptureSettings) -> tuple[LanguageModel, Corpus]:
+    """Model and corpus, loaded once per process. Raises ModelError or CorpusError for others than
+    were planned for.
+    """
+    corpus = _open_corpus_once(settings.corpus, settings.corpus_fingerprint)
+    return _load_model(settings), corpus
 
 
 def capture_shard(
@@ -149,48 +163,12 @@ def _capture_batches(
         )
 
 
-@contextmanager
-def dask_mapper(*, workers: int, scheduler: str | None) -> Iterator[Mapper]:
-    """A mapper over a LocalCluster of `workers` processes, or over the cluster at `scheduler`."""
-    from distributed import Client, KilledWorker, LocalCluster, as_completed
-
-    def map_on(client: Client) -> Mapper:
-        def mapper(function: Callable, items: Iterable) -> Iterator[int]:
-            # Dask moves a dead worker's tasks by itself; an error of ours would only repeat.
-            futures = client.map(function, list(items), pure=False)
-            try:
-                yield from (future.result() for future in as_completed(futures))
-            except KilledWorker as error:
-                raise PipelineError(
-                    f"cache: expected workers that survive, got {error}. The committed shards are "
-                    "kept: run the same command again, with fewer --workers if memory was short."
-                ) from None
-
-        return mapper
-
-    if scheduler is not None:
-        try:
-            client = Client(scheduler, timeout=_SCHEDULER_TIMEOUT_S)
-        except (OSError, ValueError) as error:  # TimeoutError is an OSError
-            raise ConfigError(
-                f"run.scheduler at {scheduler}: expected a running dask scheduler such as "
-                f"tcp://host:8786, got {type(error).__name__}. Start one with `dask scheduler`."
-            ) from None
-        with client:
-            yield map_on(client)
-        return
-    with (
-        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0") as cluster,
-        Client(cluster) as client,
-    ):
-        # The nanny pins torch to one thread per worker; share the cores instead.
-        client.run(torch.set_num_threads, max(1, (os.cpu_count() or 1) // workers))
-        yield map_on(client)
-
-
 def _load_model(settings: CaptureSettings) -> LanguageModel:
     return _load_model_once(
-        settings.checkpoint, settings.weights_hash, settings.weight_processing, settings.device
+        settings.checkpoint,
+        settings.weights_hash,
+        settings.weight_processing,
+        pick_device(settings.device),
     )
 
 

@@ -21,9 +21,10 @@ from pipeline.model import (
 from store.layout import ShardSpec, StoreLayout, plan_shards
 from store.manifest import FORMAT_VERSION, StoreSpec, diff_identities
 from store.publication import find_published
+from store.work import locate_work
 from store.writer import committed_shards, free_bytes, required_bytes
 
-BYTES_PER_NUMBER = {"float32": 4, "float16": 2, "bfloat16": 2}
+BYTES_PER_NUMBER = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 class CaptureSettings(NamedTuple):
@@ -37,7 +38,7 @@ class CaptureSettings(NamedTuple):
     weight_processing: str
     precision: str
     batch_blocks: int
-    device: str
+    device: str  # of a cluster's workers as it was asked for: auto is what each of them has
 
 
 class CachePlan(NamedTuple):
@@ -76,19 +77,18 @@ def plan_cache(
         context_length=config.corpus.context_length,
         acts_dtype=config.cache.acts_dtype,
         grads_dtype=config.cache.grads_dtype,
+        compression=config.cache.compression,
         seed=config.cache.seed,
         layout=layout,
     )
-    work = (
-        out.absolute().parent / ".work" / spec.fingerprint[:16]
-    )  # absolute: workers run elsewhere
+    work = locate_work(out, spec.fingerprint)
     missing: tuple[ShardSpec, ...] = ()
     if find_published(spec, out, overwrite=overwrite) is None:
         committed = committed_shards(work, spec)
         missing = tuple(shard for shard in layout.shards if shard.index not in committed)
     missing_rows = sum(shard.n_rows for shard in missing)
     store_bytes = required_bytes(spec)
-    device = pick_device(config.run.device)
+    device = pick_device(config.run.device) if config.run.scheduler is None else config.run.device
     return CachePlan(
         spec=spec,
         settings=CaptureSettings(
@@ -178,6 +178,7 @@ def identify(
         "batch_blocks": config.cache.batch_blocks,
         "acts_dtype": config.cache.acts_dtype,
         "grads_dtype": config.cache.grads_dtype,
+        "compression": config.cache.compression,
         "seed": config.cache.seed,
         "rows_per_chunk": layout.rows_per_chunk,
         "rows_per_shard": layout.rows_per_shard,

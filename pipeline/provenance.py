@@ -16,6 +16,7 @@ _PACKAGES = (
     "datasets",
     "numpy",
     "zarr",
+    "distributed",
 )
 
 
@@ -24,6 +25,12 @@ def describe_run(profile: str, config: Config) -> dict[str, Any]:
     return {
         "profile": profile,
         "config": config.model_dump(mode="json"),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": find_versions(),
+    }
+
+
+def find_versions() -> dict[str, str]:
+    """Versions of python and of the packages that results depend on."""
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in _PACKAGES
     }

@@ -8,32 +8,47 @@ from pipeline.config import TrainConfig
 from pipeline.errors import TrainError
 from pipeline.runs import Run, read_run
 from pipeline.train import StepReport, plan_steps, train
-from store.reader import ActivationStore, open_store
-from store.stream import count_rows, stream_batches
+from store.files import StoreFiles
+from store.reader import ActivationStore, open_files, open_store, read_manifest
+from store.stream import stream_batches
+from store.stream_plan import StreamPlan, count_rows, plan_stream
 
 
 class TrainPlan(NamedTuple):
     """What training will read, decided before anything runs."""
 
     store: ActivationStore
-    hook: str
-    n_steps: int
+    stream: StreamPlan
+
+    @property
+    def n_steps(self) -> int:
+        return self.stream.n_batches
 
 
-def plan_training(config: TrainConfig, store_folder: Path) -> TrainPlan:
+def plan_training(config: TrainConfig, source: str | Path | StoreFiles) -> TrainPlan:
     """Open the store and count its batches; raises TrainError for a foreign hook or few rows."""
-    store = open_store(store_folder)
-    hooks = store.manifest.hooks
+    files = open_files(source) if isinstance(source, str | Path) else source
+    hooks = read_manifest(files).hooks
     names = {config.hook, f"hook_{config.hook}"}
     wanted = [hook for hook in hooks if config.hook is None or names & {hook, hook.split(".")[-1]}]
     if len(wanted) != 1:
         raise TrainError(
-            f"train.hook for {store_folder}: expected one of {', '.join(hooks)}, "
+            f"train.hook for {files.where}: expected one of {', '.join(hooks)}, "
             f"got {config.hook or 'none'}. Pass --hook."
         )
-    return TrainPlan(
-        store, wanted[0], plan_steps(config, count_rows(store, config.exclude_positions))
+    store = open_store(files, hook=wanted[0], allow_partial=config.allow_partial)
+    n_steps = plan_steps(config, count_rows(store, config.exclude_positions))
+    stream = plan_stream(
+        store,
+        hook=wanted[0],
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        seed=config.shuffle_seed,
+        window=config.window_shards,
+        exclude_positions=config.exclude_positions,
+        tokens=n_steps * config.batch_size,
     )
+    return TrainPlan(store, stream)
 
 
 def run_training(
@@ -51,25 +66,16 @@ def run_training(
     Raises TrainError if `out` holds another run.
     """
     _refuse_other_run(out, config, plan.store.manifest.fingerprint, overwrite=overwrite)
-    batches = stream_batches(
-        plan.store,
-        hook=plan.hook,
-        batch_size=config.batch_size,
-        epochs=config.epochs,
-        seed=config.shuffle_seed,
-        window=config.window_shards or 8,
-        exclude_positions=config.exclude_positions,
-        tokens=plan.n_steps * config.batch_size,
-    )
     train(
         config,
-        batches,
+        stream_batches(plan.store, plan.stream),
         d_model=plan.store.manifest.d_model,
         n_steps=plan.n_steps,
         out=out,
         device=device,
         provenance={
-            "hook": plan.hook,
+            "hook": plan.stream.hook,
+            "store": plan.store.where,
             "store_fingerprint": plan.store.manifest.fingerprint,
             "store_identity": plan.store.manifest.identity,
             **provenance,

@@ -8,6 +8,7 @@ Writing is prepare_work, write_shard for each shard, publish. docs/format.md is 
 """
 
 from store.errors import (
+    AccessDenied,
     DiskFull,
     ManifestError,
     NumberRangeError,
@@ -17,12 +18,23 @@ from store.errors import (
     StoreLocked,
     StoreMismatch,
     StoreNotFound,
+    StoreUnreachable,
 )
 from store.layout import ShardSpec, StoreLayout, permute_rows, plan_shards
 from store.manifest import Manifest, StoreSpec, diff_identities, fingerprint_of
-from store.publication import find_published, publish
+from store.mixing import Mixedness
+from store.publication import find_published, publish, sweep_aside
 from store.reader import ActivationStore, Rows, Token, open_store
-from store.stream import Batch, count_rows, stream_batches
+from store.stream import Batch, stream_batches
+from store.stream_plan import (
+    StreamPlan,
+    StreamState,
+    count_rows,
+    find_mixedness,
+    plan_stream,
+    resume_batch,
+    stream_memory_bytes,
+)
 from store.writer import (
     ShardRows,
     committed_shards,
@@ -34,11 +46,13 @@ from store.writer import (
 )
 
 __all__ = [
+    "AccessDenied",
     "ActivationStore",
     "Batch",
     "DiskFull",
     "Manifest",
     "ManifestError",
+    "Mixedness",
     "NumberRangeError",
     "Rows",
     "ShardCorrupt",
@@ -51,20 +65,28 @@ __all__ = [
     "StoreMismatch",
     "StoreNotFound",
     "StoreSpec",
+    "StoreUnreachable",
+    "StreamPlan",
+    "StreamState",
     "Token",
     "committed_shards",
     "count_rows",
     "diff_identities",
+    "find_mixedness",
     "find_published",
     "fingerprint_of",
     "lock_work",
     "open_store",
     "permute_rows",
     "plan_shards",
+    "plan_stream",
     "prepare_work",
     "publish",
     "required_bytes",
+    "resume_batch",
     "stream_batches",
+    "stream_memory_bytes",
     "sweep",
+    "sweep_aside",
     "write_shard",
 ]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from store.crash import crash_point
 from store.errors import DiskFull, StoreError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -70,16 +71,18 @@ def fsync_folder(path: Path) -> None:
 
 
 def write_durably(
-    path: Path, pieces: Iterable[bytes | memoryview], *, scratch: Path
+    path: Path, pieces: Iterable[bytes | memoryview], *, scratch: Path, kind: str = "file"
 ) -> WrittenFile:
     """Write `path` so that after a crash it is whole or absent.
 
     A temporary name in `scratch`, a folder on the same file system; fsync, rename, fsync folder.
+    `kind` names the crash points on the way.
     """
     temporary = scratch / uuid.uuid4().hex
     make_folder(scratch)
     make_folder(path.parent)
     digest, n_bytes = hashlib.sha256(), 0
+    crash_point(f"before-write:{kind}")
     try:
         with temporary.open("wb") as file:
             for piece in pieces:
@@ -87,11 +90,14 @@ def write_durably(
                 digest.update(piece)
                 n_bytes += memoryview(piece).nbytes
             file.flush()
+            crash_point(f"after-write:{kind}")
             os.fsync(file.fileno())
+        crash_point(f"before-rename:{kind}")
         temporary.rename(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    crash_point(f"after-rename:{kind}")
     fsync_folder(path.parent)
     return WrittenFile(n_bytes, digest.hexdigest())
 
@@ -104,7 +110,28 @@ def link_tree(source: Path, target: Path) -> None:
             link_tree(entry, target / entry.name)
         else:
             _link_or_copy(entry, target / entry.name)
+            crash_point("between-links")
     fsync_folder(target)
+
+
+def put_link(source: Path, target: Path, *, scratch: Path) -> None:
+    """Make `target` durably the same file as `source`, whatever was there; never writes into it.
+
+    What was there may have other names, such as one in DVC's cache, and they keep its content.
+    """
+    temporary = scratch / uuid.uuid4().hex
+    make_folder(scratch)
+    make_folder(target.parent)
+    try:
+        _link_or_copy(source, temporary)
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        temporary.unlink(missing_ok=True)  # a rename to the same file does nothing
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(target.parent)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

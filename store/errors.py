@@ -8,6 +8,8 @@
     ├── ShardCorrupt        a shard's bytes are not those that were written
     ├── NumberRangeError    values that the number format cannot hold, or NaN and Inf
     ├── StoreLocked         another process is writing; names its host and PID
+    ├── AccessDenied        a remote refuses to hand out a file (403, expired or no credentials)
+    ├── StoreUnreachable    a remote kept failing through all retries
     └── DiskFull            not enough room; names the bytes needed
 
 Every message says what, where, expected and got, and which command to run next.
@@ -44,6 +46,14 @@ class NumberRangeError(StoreError):
 
 class StoreLocked(StoreError):
     """Another process is writing to the same store."""
+
+
+class AccessDenied(StoreError):
+    """A remote refuses: 401, 403, expired credentials or none."""
+
+
+class StoreUnreachable(StoreError):
+    """A remote kept failing through all retries."""
 
 
 class DiskFull(StoreError):

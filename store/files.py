@@ -2,15 +2,17 @@
 
 A reader asks for small files whole (`read_bytes`: the manifest and the Zarr metadata) and for shard
 files as open descriptors (`open`). Neither vouches for content: the manifest's checksums do, in the
-reader.
+reader. `copy` does, for it makes a file that outlives the store it came from.
 """
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from store.download import fill_verified
 from store.manifest import FileRecord
 
 
@@ -37,6 +39,21 @@ class StoreFiles(Protocol):
 
     def open(self, path: str, file: FileRecord) -> AbstractContextManager[int]:
         """A descriptor of a shard file, on this machine. Raises FileNotFoundError without one."""
+        ...
+
+    def copy(self, path: str, file: FileRecord, target: Path) -> None:
+        """Write a shard file's content to `target`, durably, which has it whole and verified.
+
+        Raises FileNotFoundError without one, ShardCorrupt where it is not the recorded content;
+        `target` is then not to be used.
+        """
+        ...
+
+    def prefetch(self, files: Sequence[tuple[str, FileRecord]]) -> None:
+        """Start to fetch these in the background, in this order, after those asked for before.
+
+        What goes wrong is raised when the file is opened.
+        """
         ...
 
 
@@ -69,3 +86,11 @@ class LocalFiles:
             yield descriptor
         finally:
             os.close(descriptor)
+
+    def copy(self, path: str, file: FileRecord, target: Path) -> None:
+        source = self.folder / path
+        where = self.locate(path)
+        fill_verified(target, file, lambda partial: shutil.copyfile(source, partial), where)
+
+    def prefetch(self, files: Sequence[tuple[str, FileRecord]]) -> None:
+        """Nothing: they are here."""

@@ -10,20 +10,23 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
+from store.compression import COMPRESSIONS
 from store.errors import ManifestError, StoreMismatch
 from store.layout import ShardSpec, StoreLayout, check_layout
-from store.numbers import FLOAT_FORMATS, FORMATS, NumberFormat, Statistics
+from store.numbers import FORMATS, VALUE_FORMATS, NumberFormat, Statistics
 from store.shardfile import MEND, ShardFormat
 
 FORMAT = "activation-store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+PROVENANCE_NAME = "provenance.json"
 _HOOK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 _ROOT_FORMATS = {"block": "int32", "loss": "float32", "position": "int32", "tokens": "int32"}
+_ROW_SCALE, _CHANNEL_SCALE = "_row_scale", "_channel_scale"
 
 
 class ArraySpec(NamedTuple):
@@ -32,6 +35,11 @@ class ArraySpec(NamedTuple):
     path: str  # "loss" or "blocks.7.hook_resid_post/acts"
     numbers: NumberFormat
     row_shape: tuple[int, ...]  # (d_model,) or ()
+    per: Literal["slot", "shard"] = "slot"  # what has a row
+
+    def count_rows(self, shard: ShardSpec) -> int:
+        """Rows of a shard's file of this array."""
+        return shard.n_rows if self.per == "slot" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +53,11 @@ class StoreSpec:
     hooks: tuple[str, ...]
     d_model: int
     context_length: int
-    acts_dtype: str  # float32, float16 or bfloat16
+    acts_dtype: str  # one of VALUE_FORMATS
     grads_dtype: str
     seed: int  # of the row order inside each shard
     layout: StoreLayout
+    compression: str = "none"  # one of COMPRESSIONS, of every chunk
 
     def __post_init__(self) -> None:
         check_layout(self.layout, self.context_length)
@@ -61,8 +70,10 @@ class StoreSpec:
                     "array's name"
                 )
         for dtype in (self.acts_dtype, self.grads_dtype):
-            if dtype not in FLOAT_FORMATS:
-                raise ValueError(f"number format {dtype!r}: expected one of {FLOAT_FORMATS}")
+            if dtype not in VALUE_FORMATS:
+                raise ValueError(f"number format {dtype!r}: expected one of {VALUE_FORMATS}")
+        if self.compression not in COMPRESSIONS:
+            raise ValueError(f"compression: expected {COMPRESSIONS}, got {self.compression!r}")
         if self.d_model < 1:
             raise ValueError(f"d_model: expected at least 1, got {self.d_model}")
         fields = {"format_version": FORMAT_VERSION} | self.as_dict()
@@ -85,6 +96,7 @@ class StoreSpec:
             "context_length": self.context_length,
             "acts_dtype": self.acts_dtype,
             "grads_dtype": self.grads_dtype,
+            "compression": self.compression,
             "seed": self.seed,
             "rows_per_chunk": self.layout.rows_per_chunk,
             "rows_per_shard": self.layout.rows_per_shard,
@@ -93,22 +105,40 @@ class StoreSpec:
             "n_slots": self.layout.n_slots,
         }
 
-    def arrays(self) -> dict[str, ArraySpec]:
-        """Every array by its path: the root arrays, then acts and grads of each hook."""
-        arrays = [ArraySpec(path, FORMATS[name], ()) for path, name in _ROOT_FORMATS.items()]
+    def columns(self) -> dict[str, ArraySpec]:
+        """What a row has, by path: the root arrays, then acts and grads of each hook."""
+        columns = [ArraySpec(path, FORMATS[name], ()) for path, name in _ROOT_FORMATS.items()]
         for hook in self.hooks:
-            arrays.append(ArraySpec(f"{hook}/acts", FORMATS[self.acts_dtype], (self.d_model,)))
-            arrays.append(ArraySpec(f"{hook}/grads", FORMATS[self.grads_dtype], (self.d_model,)))
-        return {array.path: array for array in arrays}
+            columns.append(ArraySpec(f"{hook}/acts", FORMATS[self.acts_dtype], (self.d_model,)))
+            columns.append(ArraySpec(f"{hook}/grads", FORMATS[self.grads_dtype], (self.d_model,)))
+        return {column.path: column for column in columns}
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """Every array by its path: each column, followed by its scales if it has them."""
+        arrays = {}
+        for path, column in self.columns().items():
+            arrays[path] = column
+            if column.numbers.scaled:
+                rows, channels = locate_scales(path)
+                arrays[rows] = ArraySpec(rows, FORMATS["float32"], ())
+                per_shard = (column.row_shape, "shard")
+                arrays[channels] = ArraySpec(channels, FORMATS["float32"], *per_shard)
+        return arrays
+
+    def count_slots(self, array: ArraySpec) -> int:
+        """Length of the array."""
+        return self.layout.n_slots if array.per == "slot" else len(self.layout.shards)
 
     def shard_format(self, array: ArraySpec) -> ShardFormat:
         """How the array's shard files are laid out."""
+        layout, has_slots = self.layout, array.per == "slot"
         return ShardFormat(
             disk=array.numbers.disk,
             row_shape=array.row_shape,
             fill=array.numbers.fill,
-            rows_per_chunk=self.layout.rows_per_chunk,
-            chunks_per_shard=self.layout.chunks_per_shard,
+            rows_per_chunk=layout.rows_per_chunk if has_slots else 1,
+            chunks_per_shard=layout.chunks_per_shard if has_slots else 1,
+            compression=self.compression,
         )
 
 
@@ -125,7 +155,8 @@ class FileRecord(_Record):
 
     bytes: int
     sha256: str
-    crc32c: tuple[int, ...]
+    crc32c: tuple[int, ...]  # of each chunk as it is in the file
+    chunk_bytes: tuple[int, ...]  # length of each compressed chunk; empty if not compressed
 
 
 class ShardRecord(_Record):
@@ -155,6 +186,7 @@ class Manifest(_Record):
     context_length: int
     acts_dtype: str
     grads_dtype: str
+    compression: str
     seed: int
     rows_per_chunk: int
     rows_per_shard: int
@@ -182,6 +214,7 @@ class Manifest(_Record):
             context_length=self.context_length,
             acts_dtype=self.acts_dtype,
             grads_dtype=self.grads_dtype,
+            compression=self.compression,
             seed=self.seed,
             layout=layout,
         )
@@ -242,20 +275,28 @@ def list_file_faults(spec: StoreSpec, record: ShardRecord) -> list[str]:
         return [f"expected files of {sorted(arrays)}, got {sorted(record.files)}"]
     faults = []
     for path, array in arrays.items():
-        shard_format = spec.shard_format(array)
-        expected = (
-            shard_format.file_bytes(record.n_rows),
-            shard_format.count_chunks(record.n_rows),
-        )
-        found = (record.files[path].bytes, len(record.files[path].crc32c))
+        shard_format, file = spec.shard_format(array), record.files[path]
+        n_rows = array.count_rows(record.spec)
+        n_chunks = shard_format.count_chunks(n_rows)
+        n_lengths = n_chunks if spec.compression != "none" else 0
+        expected = (shard_format.file_bytes(n_rows, file.chunk_bytes), n_chunks, n_lengths)
+        found = (file.bytes, len(file.crc32c), len(file.chunk_bytes))
         if found != expected:
-            faults.append(f"expected (bytes, chunks) {expected} of {path}, got {found}")
+            faults.append(f"expected (bytes, chunks, lengths) {expected} of {path}, got {found}")
+        elif min(file.chunk_bytes, default=1) < 1:
+            faults.append(f"expected chunks of one byte or more of {path}, got {file.chunk_bytes}")
     return faults
+
+
+def locate_scales(array_path: str) -> tuple[str, str]:
+    """The arrays of the row scales and the channel scales of an array that has them."""
+    return array_path + _ROW_SCALE, array_path + _CHANNEL_SCALE
 
 
 def locate_shard(array_path: str, shard: int) -> str:
     """The shard file's path in the store: Zarr's chunk key, with a 0 for the second dimension."""
-    return f"{array_path}/c/{shard}" + ("" if array_path in _ROOT_FORMATS else "/0")
+    has_one_dimension = array_path in _ROOT_FORMATS or array_path.endswith(_ROW_SCALE)
+    return f"{array_path}/c/{shard}" + ("" if has_one_dimension else "/0")
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:

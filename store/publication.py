@@ -4,23 +4,26 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from store.crash import crash_point
 from store.disk import disk_errors, fsync_folder, link_tree, make_folder, write_durably
-from store.errors import ShardCorrupt, ShardMissing, StoreError, StoreMismatch
+from store.errors import ShardCorrupt, ShardMissing, StoreError, StoreLocked, StoreMismatch
+from store.lock import lock_work
 from store.manifest import (
     MANIFEST_NAME,
+    PROVENANCE_NAME,
     Manifest,
     StoreSpec,
     build_manifest,
     check_identity,
     encode_manifest,
 )
-from store.reader import find_damage, open_store
-from store.work import Commit, forget_shard, read_commits, store_folder
-
-PROVENANCE_NAME = "provenance.json"
+from store.reader import open_store
+from store.verify import find_damage
+from store.work import Commit, forget_shard, read_commits, store_folder, sweep
 
 
 def publish(
@@ -43,6 +46,7 @@ def publish(
     work folder's lock.
     """
     if manifest := find_published(spec, out, overwrite=overwrite):
+        _remove(_names_aside(spec, out))
         return manifest
     commits = read_commits(work, spec)
     if missing := [shard.index for shard in spec.layout.shards if shard.index not in commits]:
@@ -51,11 +55,13 @@ def publish(
             f"{len(missing)} missing (the first is {missing[0]}). "
             "Run `pipeline cache` to compute them."
         )
+    sweep(work)  # of workers that died while others went on
     manifest = build_manifest(spec, [commits[shard.index].record for shard in spec.layout.shards])
+    crash_point("before-publish")
     with disk_errors(out, needed_bytes=4 * len(encode_manifest(manifest))):
         _write_descriptions(work, manifest, commits, provenance)
         _check_bytes(work)
-        _replace(store_folder(work), out, aside=spec.fingerprint[:16])
+        _replace(store_folder(work), out, spec)
     return manifest
 
 
@@ -110,14 +116,19 @@ def _write_descriptions(
         kept = False
     if not kept:
         content = json.dumps({**provenance, "shards": shards}, indent=1).encode()
-        write_durably(folder / PROVENANCE_NAME, [content + b"\n"], scratch=scratch)
-    write_durably(folder / MANIFEST_NAME, [encode_manifest(manifest)], scratch=scratch)
+        write_durably(
+            folder / PROVENANCE_NAME, [content + b"\n"], scratch=scratch, kind="provenance"
+        )
+    write_durably(
+        folder / MANIFEST_NAME, [encode_manifest(manifest)], scratch=scratch, kind="manifest"
+    )
 
 
 def _check_bytes(work: Path) -> None:
     damage = find_damage(open_store(store_folder(work)))
     for file in damage:
-        forget_shard(work, file.shard)
+        if file.shard is not None:
+            forget_shard(work, file.shard)
     if damage:
         raise ShardCorrupt(
             f"{len(damage)} files in {store_folder(work)}: expected the bytes that were written, "
@@ -126,17 +137,42 @@ def _check_bytes(work: Path) -> None:
         )
 
 
-def _replace(source: Path, out: Path, *, aside: str) -> None:
+def _replace(source: Path, out: Path, spec: StoreSpec) -> None:
     """Rename a linked copy of `source` to `out`; an old `out` is moved aside, and deleted last."""
-    new, old = (out.with_name(f".{out.name}.{aside}.{suffix}") for suffix in ("new", "old"))
+    new, old = _names_aside(spec, out)
     make_folder(out.parent)
-    for leftover in (new, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    _remove((new, old))
+    crash_point("before-link")
     link_tree(source, new)
+    crash_point("after-link")
     if out.exists():
         os.rename(out, old)
+        crash_point("between-renames")
     os.rename(new, out)
+    crash_point("after-publish")
     fsync_folder(out.parent)
     if old.exists():
-        shutil.rmtree(old)
+        crash_point("before-delete")
+        _remove((old,))
+        crash_point("after-delete")
+
+
+def sweep_aside(work: Path, spec: StoreSpec, out: Path) -> None:
+    """Delete the copies beside `out` that a killed publication left, unless one is under way."""
+    if any(folder.exists() for folder in _names_aside(spec, out)):
+        with suppress(StoreLocked), lock_work(work):
+            _remove(_names_aside(spec, out))
+
+
+def _names_aside(spec: StoreSpec, out: Path) -> tuple[Path, Path]:
+    """Of the new store before it is `out`, and of the old one after; this spec's alone."""
+    new, old = (
+        out.with_name(f".{out.name}.{spec.fingerprint[:16]}.{suffix}") for suffix in ("new", "old")
+    )
+    return new, old
+
+
+def _remove(folders: tuple[Path, ...]) -> None:
+    for folder in folders:
+        if folder.exists():
+            shutil.rmtree(folder)

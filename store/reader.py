@@ -9,7 +9,6 @@ each chunk that it touches by the checksums in the manifest. Readers go by the m
 an array's shape.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -31,14 +30,16 @@ from store.manifest import (
     FileRecord,
     Manifest,
     StoreSpec,
+    locate_scales,
     locate_shard,
     parse_manifest,
 )
 from store.metadata import check_metadata
 from store.numbers import Stored, decode_numbers
-from store.shardfile import MEND, check_shard, read_chunk
+from store.shardfile import MEND, ShardFormat, check_shard, read_chunk
 
 COLUMNS = ("tokens", "loss", "block", "position")  # of every hook alike
+Slots = np.ndarray | range  # of a shard; a range with step 1
 
 
 class Rows(NamedTuple):
@@ -61,12 +62,6 @@ class Token(NamedTuple):
     loss: float
     block: int
     position: int
-
-
-class DamagedFile(NamedTuple):
-    shard: int
-    path: str  # inside the store
-    problem: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +124,7 @@ class ActivationStore:
                 f"slots of shard {shard} at {self.where}: expected a range in 0..{n_rows}, "
                 f"got {start}..{stop}. Ask for slots that hold rows."
             )
-        return self._take_rows(shard, np.arange(start, stop), hook)
+        return self._take_rows(shard, range(start, stop), hook)
 
     def read_shard(self, shard: int, hook: str | None = None) -> Rows:
         """All rows of a shard un-permuted: block by block, position by position."""
@@ -157,10 +152,12 @@ class ActivationStore:
 
     def read_column(self, shard: int, name: str) -> Tensor:
         """A shard's "tokens", "loss", "block" or "position", whole, in stored order."""
-        return self._take_values(shard, name, np.arange(self._find_shard(shard).n_rows))
+        return self._take_values(shard, name, range(self._find_shard(shard).n_rows))
 
     def verify(self, on_progress: Callable[[int], None] | None = None) -> None:
         """Compare every file's sha256 with the manifest. Raises ShardCorrupt naming the damage."""
+        from store.verify import find_damage  # which reads through this module
+
         damage = find_damage(self, on_progress)
         if damage:
             listed = "; ".join(f"{file.path} ({file.problem})" for file in damage)
@@ -189,37 +186,81 @@ class ActivationStore:
         position = self._take_values(shard, "position", slots)
         return shard, slots[np.argsort(position.numpy())]
 
-    def read_stored(self, shard: int, path: str, slots: np.ndarray) -> Stored:
+    def read_stored(self, shard: int, path: str, slots: Slots) -> Stored:
         """An array's numbers at these slots of a shard, in their order, as they are on disk.
 
-        Reads and checks each chunk that holds one of them once. Raises as read_slots does.
+        Reads and checks each chunk that holds one of them once; copies nothing where they are a
+        range inside one chunk. Raises as read_slots does.
         """
-        return Stored(self._take_array(shard, self.arrays[path], slots))
+        numbers = self._take_array(shard, path, slots)
+        if not self.arrays[path].numbers.scaled:
+            return Stored(numbers)
+        rows, channels = locate_scales(path)
+        row_scale = self._take_array(shard, rows, slots)
+        return Stored(numbers, row_scale, self._take_array(shard, channels, range(1))[0])
 
-    def _take_rows(self, shard: int, slots: np.ndarray, hook: str | None) -> Rows:
+    def _take_rows(self, shard: int, slots: Slots, hook: str | None) -> Rows:
         hook = self.pick_hook(hook)
         paths = (f"{hook}/acts", f"{hook}/grads", *COLUMNS)
         return Rows(*(self._take_values(shard, path, slots) for path in paths))
 
-    def _take_values(self, shard: int, path: str, slots: np.ndarray) -> Tensor:
+    def _take_values(self, shard: int, path: str, slots: Slots) -> Tensor:
         return decode_numbers(self.read_stored(shard, path, slots), self.arrays[path].numbers)
 
-    def _take_array(self, shard: int, array: ArraySpec, slots: np.ndarray) -> np.ndarray:
-        shard_format = self.spec.shard_format(array)
-        record = self.manifest.shards[shard]
-        file_record = record.files[array.path]
-        path = locate_shard(array.path, shard)
-        where = self.files.locate(path)
-        taken = np.empty((len(slots), *array.row_shape), array.numbers.disk)
-        chunk_of, row_of = np.divmod(slots, shard_format.rows_per_chunk)
-        by_chunk = np.argsort(chunk_of, kind="stable")
-        chunks, starts = np.unique(chunk_of[by_chunk], return_index=True)
-        with _open_shard(self.files, path, file_record) as file:
-            check_shard(file, shard_format, record.n_rows, where)
-            for chunk, here in zip(chunks.tolist(), np.split(by_chunk, starts)[1:], strict=True):
-                rows = read_chunk(file, chunk, shard_format, file_record.crc32c, where)
-                taken[here] = rows[row_of[here]]
-        return taken
+    @contextmanager
+    def open_array(
+        self, shard: int, path: str, memory: np.ndarray | None = None
+    ) -> Iterator[Callable[[int], np.ndarray]]:
+        """Keep a shard's file of one array open; yields what reads a chunk of it by its number.
+
+        A chunk is [rows_per_chunk, *row_shape] of the disk dtype, writable, checked, with padding.
+        It may lie in `memory`, of uint8, where that is given and large enough.
+        """
+        array, record = self.arrays[path], self.manifest.shards[shard]
+        shard_format, file_record = self.spec.shard_format(array), record.files[path]
+        name = locate_shard(path, shard)
+        where = self.files.locate(name)
+        lengths = file_record.chunk_bytes
+        with _open_shard(self.files, name, file_record) as file:
+            check_shard(file, shard_format, array.count_rows(record.spec), where, lengths)
+            yield lambda chunk: read_chunk(
+                file, chunk, shard_format, file_record.crc32c, where, lengths, memory
+            )
+
+    def _take_array(self, shard: int, path: str, slots: Slots) -> np.ndarray:
+        """The file's rows at these slots: [slots, *row_shape] of the disk dtype, writable."""
+        shard_format = self.spec.shard_format(self.arrays[path])
+        with self.open_array(shard, path) as read:
+            if isinstance(slots, range):
+                return _take_range(read, slots, shard_format)
+            return _take_slots(read, slots, shard_format)
+
+
+def _take_range(
+    read: Callable[[int], np.ndarray], slots: range, shard_format: ShardFormat
+) -> np.ndarray:
+    """Contiguous slots; a view of their chunk where it is one."""
+    assert slots.step == 1
+    size = shard_format.rows_per_chunk
+    parts = [
+        read(chunk)[max(slots.start - chunk * size, 0) : slots.stop - chunk * size]
+        for chunk in range(slots.start // size, -(-slots.stop // size) if slots else 0)
+    ]
+    if not parts:
+        return np.empty((0, *shard_format.row_shape), shard_format.disk)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _take_slots(
+    read: Callable[[int], np.ndarray], slots: np.ndarray, shard_format: ShardFormat
+) -> np.ndarray:
+    taken = np.empty((len(slots), *shard_format.row_shape), shard_format.disk)
+    chunk_of, row_of = np.divmod(slots, shard_format.rows_per_chunk)
+    by_chunk = np.argsort(chunk_of, kind="stable")
+    chunks, starts = np.unique(chunk_of[by_chunk], return_index=True)
+    for chunk, here in zip(chunks.tolist(), np.split(by_chunk, starts)[1:], strict=True):
+        taken[here] = read(chunk)[row_of[here]]
+    return taken
 
 
 def open_store(
@@ -247,12 +288,15 @@ def open_store(
     return replace(store, present=tuple(i for i in store.present if i not in missing))
 
 
-def open_files(source: str | Path) -> StoreFiles:
-    """The files at a path or URL."""
+def open_files(
+    source: str | Path, *, cache_root: str | None = None, cache_bytes: int | None = None
+) -> StoreFiles:
+    """The files at a path or URL; a URL's shards come through the ShardCache at `cache_root`."""
     if "://" in str(source) or str(source).startswith("dvc+"):
         from store.remote import open_remote  # with its libraries, which a path needs not
+        from store.shard_cache import ShardCache
 
-        return open_remote(str(source))
+        return open_remote(str(source), cache=ShardCache(cache_root, cache_bytes))
     return LocalFiles(source)
 
 
@@ -272,28 +316,6 @@ def find_missing(store: ActivationStore, hook: str | None = None) -> dict[int, s
                 f"bytes, got {found}. {MEND}"
             )
     return missing
-
-
-def find_damage(
-    store: ActivationStore, on_progress: Callable[[int], None] | None = None
-) -> list[DamagedFile]:
-    """Every shard file whose sha256 is not the manifest's; `on_progress` is told the bytes read."""
-    damage = []
-    for file in list_files(store):
-        try:
-            with (
-                store.files.open(file.path, file.record) as descriptor,
-                open(descriptor, "rb", closefd=False) as opened,
-            ):
-                found = hashlib.file_digest(opened, "sha256").hexdigest()
-        except OSError as error:
-            damage.append(DamagedFile(file.shard, file.path, error.strerror or str(error)))
-            continue
-        if found != file.record.sha256:
-            damage.append(DamagedFile(file.shard, file.path, "other content"))
-        if on_progress:
-            on_progress(file.record.bytes)
-    return damage
 
 
 class ListedFile(NamedTuple):
@@ -316,9 +338,12 @@ def read_manifest(files: StoreFiles) -> Manifest:
     try:
         content = files.read_bytes(MANIFEST_NAME)
     except (FileNotFoundError, NotADirectoryError):
+        local = isinstance(files, LocalFiles)
+        advice = (
+            "Run `pipeline cache` to make it." if local else "Correct the URL, or push it there."
+        )
         raise StoreNotFound(
-            f"store at {files.where}: expected a folder with {MANIFEST_NAME}, got none. "
-            "Run `pipeline cache` to make it."
+            f"store at {files.where}: expected a folder with {MANIFEST_NAME}, got none. {advice}"
         ) from None
     return parse_manifest(content, files.locate(MANIFEST_NAME))
 

@@ -2,13 +2,15 @@
 
     chunk 0 | crc32c | chunk 1 | crc32c | ... | index | crc32c
 
-Every chunk is `rows_per_chunk` rows of little-endian numbers (codecs bytes + crc32c), slots without
-a row hold the fill value, chunks without any row are left out. The index holds (offset, length) as
-uint64 for each chunk of the shard, 2**64 - 1 twice for one that is left out. All of it follows from
-the number of rows, so a reader needs no index: it knows each byte's place, and vouches for chunks
-by the checksums in the manifest.
+Every chunk is `rows_per_chunk` rows of little-endian numbers, compressed or not (codecs bytes, the
+compression's, crc32c); slots without a row hold the fill value, chunks without any row are left
+out. The index holds (offset, length) as uint64 for each chunk of the shard, 2**64 - 1 twice for one
+that is left out. All of it follows from the number of rows and, of compressed chunks, the lengths
+in the manifest, so a reader needs no index: it knows each byte's place, and vouches for chunks by
+the checksums in the manifest.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,11 +18,12 @@ from typing import NamedTuple
 import google_crc32c
 import numpy as np
 
+from store.compression import compress, decompress
 from store.errors import ShardCorrupt
 
 MEND = (
-    "Remove the store's folder and run `pipeline cache`: "
-    "it keeps the good shards and recomputes the rest."
+    "Run `pipeline store repair` on that store: it takes good copies from where there are some "
+    "(--from URL) and leaves the rest to `pipeline cache`."
 )
 _CRC_BYTES = 4
 _ABSENT = 2**64 - 1
@@ -34,59 +37,85 @@ class ShardFormat(NamedTuple):
     fill: float | int
     rows_per_chunk: int
     chunks_per_shard: int
+    compression: str = "none"
 
     @property
     def chunk_bytes(self) -> int:
-        return (
-            self.rows_per_chunk * int(np.prod(self.row_shape, dtype=np.int64)) * self.disk.itemsize
-        )
+        """Of a chunk's numbers, before compression."""
+        return self.rows_per_chunk * math.prod(self.row_shape) * self.disk.itemsize
+
+    @property
+    def rows_per_shard(self) -> int:
+        return self.rows_per_chunk * self.chunks_per_shard
 
     def count_chunks(self, n_rows: int) -> int:
         """Chunks that hold at least one row, which are those in the file."""
         return -(-n_rows // self.rows_per_chunk)
 
-    def file_bytes(self, n_rows: int) -> int:
-        chunks = self.count_chunks(n_rows) * (self.chunk_bytes + _CRC_BYTES)
-        return chunks + self.chunks_per_shard * 16 + _CRC_BYTES
+    def file_bytes(self, n_rows: int, chunk_bytes: Sequence[int] = ()) -> int:
+        """Size of the file; without the lengths of its compressed chunks, as if uncompressed."""
+        chunks = sum(chunk_bytes) if chunk_bytes else self.count_chunks(n_rows) * self.chunk_bytes
+        n_checksums = self.count_chunks(n_rows) + 1
+        return chunks + self.chunks_per_shard * 16 + n_checksums * _CRC_BYTES
 
 
 class EncodedShard(NamedTuple):
     pieces: tuple[bytes | memoryview, ...]  # the file's content, in order
-    crc32c: tuple[int, ...]  # of each chunk's numbers, in file order
+    crc32c: tuple[int, ...]  # of each chunk as it is in the file, in file order
+    chunk_bytes: tuple[int, ...]  # length of each compressed chunk; empty if not compressed
 
 
 def encode_shard(rows: np.ndarray, shard_format: ShardFormat) -> EncodedShard:
     """The file that holds `rows` [n_rows, *row_shape], in the order given."""
     step = shard_format.rows_per_chunk
-    pieces, checksums = [], []
+    pieces, checksums, lengths = [], [], []
     for first in range(0, len(rows), step):
         chunk = np.ascontiguousarray(rows[first : first + step], dtype=shard_format.disk)
         if len(chunk) < step:
             padded = np.full((step, *shard_format.row_shape), shard_format.fill, shard_format.disk)
             padded[: len(chunk)] = chunk
             chunk = padded
-        checksum = google_crc32c.value(chunk)  # type: ignore[arg-type]  # takes any contiguous buffer
-        pieces += [chunk.data, checksum.to_bytes(_CRC_BYTES, "little")]
+        content = chunk
+        if shard_format.compression != "none":
+            content = compress(chunk, shard_format.compression)
+            lengths.append(len(content))
+        checksum = google_crc32c.value(content)  # type: ignore[arg-type]  # takes any contiguous buffer
+        pieces += [memoryview(content), checksum.to_bytes(_CRC_BYTES, "little")]  # type: ignore[arg-type]
         checksums.append(checksum)
-    return EncodedShard((*pieces, encode_index(len(rows), shard_format)), tuple(checksums))
+    index = encode_index(len(rows), shard_format, lengths)
+    return EncodedShard((*pieces, index), tuple(checksums), tuple(lengths))
 
 
-def encode_index(n_rows: int, shard_format: ShardFormat) -> bytes:
+def encode_index(n_rows: int, shard_format: ShardFormat, chunk_bytes: Sequence[int] = ()) -> bytes:
     """The end of the file: where each chunk lies, and the index's own crc32c."""
     index = np.full((shard_format.chunks_per_shard, 2), _ABSENT, "<u8")
-    n_chunks, length = shard_format.count_chunks(n_rows), shard_format.chunk_bytes + _CRC_BYTES
-    index[:n_chunks, 0] = np.arange(n_chunks, dtype=np.uint64) * np.uint64(length)
-    index[:n_chunks, 1] = length
+    n_chunks = shard_format.count_chunks(n_rows)
+    lengths = np.full(n_chunks, shard_format.chunk_bytes, np.uint64)
+    if chunk_bytes:
+        lengths[:] = chunk_bytes
+    lengths += np.uint64(_CRC_BYTES)
+    index[:n_chunks, 0] = np.cumsum(lengths) - lengths
+    index[:n_chunks, 1] = lengths
     content = index.tobytes()
     return content + google_crc32c.value(content).to_bytes(_CRC_BYTES, "little")
 
 
-def check_shard(file: int, shard_format: ShardFormat, n_rows: int, where: str) -> None:
-    """Raise ShardCorrupt unless the open file has the size and index that `n_rows` rows have."""
-    expected, found = shard_format.file_bytes(n_rows), os.fstat(file).st_size
+def check_shard(
+    file: int,
+    shard_format: ShardFormat,
+    n_rows: int,
+    where: str,
+    chunk_bytes: Sequence[int] = (),
+) -> None:
+    """Raise ShardCorrupt unless the open file has the size and index that `n_rows` rows have.
+
+    `chunk_bytes` are the manifest's lengths of compressed chunks, empty if not compressed.
+    """
+    expected = shard_format.file_bytes(n_rows, chunk_bytes)
+    found = os.fstat(file).st_size
     if found != expected:
         raise ShardCorrupt(f"shard file at {where}: expected {expected} bytes, got {found}. {MEND}")
-    index = encode_index(n_rows, shard_format)
+    index = encode_index(n_rows, shard_format, chunk_bytes)
     if os.pread(file, len(index), expected - len(index)) != index:
         raise ShardCorrupt(
             f"shard file at {where}: expected the index of {n_rows} rows, got another. {MEND}"
@@ -94,22 +123,40 @@ def check_shard(file: int, shard_format: ShardFormat, n_rows: int, where: str) -
 
 
 def read_chunk(
-    file: int, chunk: int, shard_format: ShardFormat, checksums: Sequence[int], where: str
+    file: int,
+    chunk: int,
+    shard_format: ShardFormat,
+    checksums: Sequence[int],
+    where: str,
+    chunk_bytes: Sequence[int] = (),
+    memory: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Chunk number `chunk` of an open file: [rows_per_chunk, *row_shape], read-only, with padding.
+    """Chunk number `chunk` of an open file: [rows_per_chunk, *row_shape], with padding.
 
-    Raises ShardCorrupt unless its numbers and its stored checksum both match `checksums[chunk]`,
-    the manifest's.
+    The result may lie in `memory`, of uint8, where that is given and large enough.
+    Raises ShardCorrupt unless its content and its stored checksum both match `checksums[chunk]`,
+    the manifest's, and hold as many numbers as a chunk has.
     """
-    length = shard_format.chunk_bytes
-    content = os.pread(file, length + _CRC_BYTES, chunk * (length + _CRC_BYTES))
-    numbers = np.frombuffer(content, np.uint8, count=min(length, len(content)))
+    length = chunk_bytes[chunk] if chunk_bytes else shard_format.chunk_bytes
+    start = (sum(chunk_bytes[:chunk]) if chunk_bytes else chunk * length) + chunk * _CRC_BYTES
+    needed = length + _CRC_BYTES
+    if memory is None or len(memory) < needed:
+        memory = np.empty(needed, np.uint8)  # writable, so that torch takes it as it is
+    buffer = memory[:needed]
+    n_read = os.preadv(file, [buffer.data], start)
+    content = buffer[: min(length, n_read)]
     expected = checksums[chunk]
-    found = (google_crc32c.value(numbers), int.from_bytes(content[length:], "little"))  # type: ignore[arg-type]
-    if len(content) != length + _CRC_BYTES or found != (expected, expected):
+    stored = int.from_bytes(buffer[length:n_read].tobytes(), "little")
+    found = (google_crc32c.value(content), stored)  # type: ignore[arg-type]
+    if n_read != len(buffer) or found != (expected, expected):
         raise ShardCorrupt(
             f"chunk {chunk} at {where}: expected crc32c {expected:08x} as in the manifest, got "
             f"{found[0]:08x} with "
             f"{found[1]:08x} stored beside it. {MEND}"
         )
-    return numbers.view(shard_format.disk).reshape(-1, *shard_format.row_shape)
+    if shard_format.compression != "none":
+        try:
+            content = decompress(content, shard_format.compression, shard_format.chunk_bytes)
+        except ValueError as error:
+            raise ShardCorrupt(f"chunk {chunk} at {where}: expected {error}. {MEND}") from None
+    return content.view(shard_format.disk).reshape(-1, *shard_format.row_shape)

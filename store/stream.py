@@ -1,22 +1,31 @@
-"""Shards to shuffled batches of torch tensors, prefetched on one background thread."""
+"""A plan's batches as torch tensors, read ahead on background threads."""
 
 import itertools
 import queue
+import sys
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from store.errors import StoreError
-from store.reader import ActivationStore, Rows
-from store.shuffle import Slice, even_window, plan_epoch
+from store.manifest import locate_scales
+from store.numbers import Stored, decode_numbers
+from store.reader import COLUMNS, ActivationStore, list_files
+from store.shuffle import Slice, plan_batches
+from store.stream_plan import BATCHES_ALIVE, PREFETCHED_BATCHES, StreamPlan, count_rows, plan_stream
 
-MIN_SLICE_ROWS = 32  # finer interleaving than this costs more calls than it mixes
-PREFETCHED_BATCHES = 2
+__all__ = ["Batch", "count_rows", "plan_stream", "read_ahead", "stream_batches"]
+
+SHARDS_AHEAD = 2  # that a remote is asked for before they are opened
+MIN_RUN_ROWS = 16  # rows decoded one after another, on average; with fewer they are copied first
+_THREAD = "store-prefetch"
 
 T = TypeVar("T")
 
@@ -34,110 +43,230 @@ class Batch(NamedTuple):
 
 def stream_batches(
     store: ActivationStore,
+    plan: StreamPlan,
     *,
-    hook: str | None = None,
-    batch_size: int,
-    epochs: int,
-    seed: int,
-    window: int,
-    exclude_positions: Sequence[int] = (),
-    tokens: int | None = None,
+    first_batch: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Shuffled batches of exactly `batch_size` rows, `window` shards interleaved.
+    """The plan's batches from `first_batch` on, or one rank's rows of each of them.
 
-    They go on for `epochs` epochs, or until `tokens` rows. Rows at `exclude_positions` are left
-    out. Batches run on from one epoch into the next; a last
-    partial one is dropped. The order is a pure function of the store, seed and settings. Holds one
-    decoded chunk per interleaved shard in memory. Raises StoreError at once for an unknown hook, or
-    if the epochs have fewer rows than `tokens` or than one batch; while streaming, ShardCorrupt or
-    ShardMissing.
+    Rank r of w gets rows r * batch_size // w to (r + 1) * batch_size // w, and reads activations
+    and gradients of those only; the ranks' parts one after another are what one reader would get.
+    No tensor is used twice. Raises StoreError at once if the plan has no `first_batch`; while
+    streaming, ShardCorrupt or ShardMissing.
     """
-    assert batch_size > 0
-    hook = store.pick_hook(hook)
-    n_rows = count_rows(store, exclude_positions) * epochs
-    wanted = n_rows if tokens is None else tokens
-    if not batch_size <= wanted <= n_rows:
+    assert 0 <= rank < world_size <= plan.batch_size
+    if not 0 <= first_batch <= plan.n_batches:
         raise StoreError(
-            f"rows at {store.where}: expected {max(wanted, batch_size)} or more in {epochs} "
-            f"epochs, got {n_rows}. Ask for fewer tokens or a smaller batch, or raise train.epochs."
+            f"stream of {store.where}: expected a first batch in 0..{plan.n_batches}, "
+            f"got {first_batch}. Ask for more tokens, or start anew."
         )
-    sizes = [shard.n_rows for shard in store.shards]
-    slice_rows = max(MIN_SLICE_ROWS, batch_size // even_window(len(sizes), window))
-    slices = itertools.chain.from_iterable(
-        plan_epoch(sizes, slice_rows=slice_rows, window=window, seed=seed, epoch=epoch)
-        for epoch in range(epochs)
-    )
-    pieces = _read_slices(store, hook, slices, window)
-    batches = _cut_batches(_exclude(pieces, exclude_positions), batch_size)
-    return _prefetch(itertools.islice(batches, wanted // batch_size))
 
-
-def count_rows(store: ActivationStore, exclude_positions: Sequence[int] = ()) -> int:
-    """Rows of one epoch: arithmetic, or a read of all stored positions where blocks are padded."""
-    context_length = store.manifest.context_length
-    excluded = sorted(set(exclude_positions))
-    if excluded and (excluded[0] < 0 or excluded[-1] >= context_length):
-        raise StoreError(
-            f"exclude_positions at {store.where}: expected 0..{context_length - 1}, got "
-            f"{excluded}. Change train.exclude_positions."
+    def plan_pieces() -> Iterator[list[Slice]]:
+        batches = plan_batches(
+            plan.rows_per_shard,
+            batch_size=plan.batch_size,
+            window=plan.window,
+            seed=plan.seed,
+            first_batch=first_batch,
+            rank=rank,
+            world_size=world_size,
         )
-    if store.n_rows == store.manifest.n_slots:
-        return store.n_rows - store.manifest.n_blocks * len(excluded)
-    if not excluded:
-        return store.n_rows
-    positions = (store.read_column(shard.index, "position") for shard in store.shards)
-    return sum(int(_find_kept(position, excluded).sum()) for position in positions)
+        return itertools.islice(batches, plan.n_batches - first_batch)
+
+    coming = _announce_shards(store, plan, plan_pieces())
+    return read_ahead(_read_batches(store, plan, plan_pieces(), coming))
 
 
-def _find_kept(position: Int[Tensor, " rows"], excluded: Sequence[int]) -> Tensor:
-    return ~torch.isin(position, torch.tensor(excluded, dtype=position.dtype))
+def _announce_shards(
+    store: ActivationStore, plan: StreamPlan, batches: Iterator[list[Slice]]
+) -> Iterator[None]:
+    """Ask for the files of one more shard at each step, in the order in which lanes open them."""
+    files: dict[int, list] = {shard: [] for shard in plan.shards}
+    for file in list_files(store, plan.hook):
+        if file.shard in files:
+            files[file.shard].append((file.path, file.record))
+    in_lane: dict[int, int] = {}
+    for piece in itertools.chain.from_iterable(batches):
+        if in_lane.get(piece.lane) != piece.shard:
+            in_lane[piece.lane] = piece.shard
+            store.files.prefetch(files[plan.shards[piece.shard]])
+            yield
 
 
-def _read_slices(
-    store: ActivationStore, hook: str, slices: Iterator[Slice], window: int
-) -> Iterator[Rows]:
-    """The slices' rows. Keeps the last chunk of each interleaved shard, to decode it once."""
-    rows_per_chunk = store.manifest.rows_per_chunk
-    # By shard: a chunk's number and rows; least recently used first.
-    held: OrderedDict[int, tuple[int, Rows]] = OrderedDict()
-    for shard, start, stop in slices:
-        for chunk in range(start // rows_per_chunk, -(-stop // rows_per_chunk)):
-            first = chunk * rows_per_chunk
-            held_chunk, rows = held.pop(shard, (None, None))
-            if rows is None or held_chunk != chunk:
-                last = min(first + rows_per_chunk, store.shards[shard].n_rows)
-                rows = store.read_slots(shard, first, last, hook)
-            held[shard] = (chunk, rows)
-            if len(held) > window:
-                held.popitem(last=False)
-            yield Rows(*(column[max(start - first, 0) : stop - first] for column in rows))
+def _read_batches(
+    store: ActivationStore,
+    plan: StreamPlan,
+    batches: Iterator[list[Slice]],
+    coming: Iterator[None],
+) -> Generator[Batch, None, None]:
+    """Read activations here and gradients on a second thread, which takes as long."""
+    arrays = [_ArrayReader(store, f"{plan.hook}/{name}") for name in ("acts", "grads")]
+    lanes: dict[int, _OpenShard] = {}
+    memories = [_BatchMemory(store.d_model) for _ in arrays]
+    for _ in itertools.islice(coming, SHARDS_AHEAD):
+        pass
+    with ExitStack() as closing_all:
+        for array in arrays:
+            closing_all.callback(array.close)
+        second = closing_all.enter_context(ThreadPoolExecutor(1, thread_name_prefix=_THREAD))
+        for pieces in batches:
+            runs: list[_Run] = []
+            parts = []
+            for lane, index, start, stop in pieces:
+                opened = lanes.get(lane)
+                if opened is None or opened.shard != plan.shards[index]:
+                    lanes.pop(lane, None)  # before the next takes its room
+                    next(coming, None)
+                    opened = lanes[lane] = _OpenShard(store, plan, plan.shards[index])
+                runs += opened.list_runs(lane, start, stop)
+                parts.append([column[start:stop] for column in opened.columns])
+            columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+            acts, grads = (memory.take(len(columns[0])) for memory in memories)
+            reading = second.submit(arrays[1].fill, grads, runs)
+            arrays[0].fill(acts, runs)
+            reading.result()
+            yield Batch(acts, grads, *map(torch.from_numpy, columns))
 
 
-def _exclude(pieces: Iterator[Rows], excluded: Sequence[int]) -> Iterator[Rows]:
-    for rows in pieces:
-        if not excluded:
-            yield rows
-            continue
-        kept = _find_kept(rows.position, excluded)
-        yield Rows(*(column[kept] for column in rows))
+class _BatchMemory:
+    """Tensors of batches, in memory that is used again once nobody holds a tensor or a view of it.
+
+    A tensor made by torch.from_numpy holds a reference to its array for as long as its storage
+    lives. Fresh memory instead would cost a page fault for every 4 KiB of every batch.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._arrays: list[np.ndarray] = []
+
+    def take(self, n_rows: int) -> Tensor:
+        """Uninitialised float32 [n_rows, width]."""
+        for i in range(len(self._arrays)):
+            array = self._arrays[i]
+            # Held by the list, by `array`, and by the call: by nobody else.
+            if len(array) == n_rows and sys.getrefcount(array) == 3:
+                return torch.from_numpy(array)
+        array = np.empty((n_rows, self._width), np.float32)
+        if len(self._arrays) < BATCHES_ALIVE:
+            self._arrays.append(array)
+        return torch.from_numpy(array)
 
 
-def _cut_batches(pieces: Iterator[Rows], batch_size: int) -> Iterator[Batch]:
-    held: list[Rows] = []
-    n_held = 0
-    for piece in pieces:
-        rows = piece
-        while n_held + len(rows.block) >= batch_size:
-            cut = batch_size - n_held
-            held.append(Rows(*(column[:cut] for column in rows)))
-            yield Batch(*(torch.cat(columns) for columns in zip(*held, strict=True)))
-            held, n_held = [], 0
-            rows = Rows(*(column[cut:] for column in rows))
-        held.append(rows)
-        n_held += len(rows.block)
+class _Run(NamedTuple):
+    """Rows of one chunk that a batch takes one after another."""
+
+    lane: int
+    shard: int
+    chunk: int
+    rows: slice | np.ndarray  # of the chunk
 
 
-def _prefetch(items: Iterator[T]) -> Iterator[T]:
+class _OpenShard:
+    """A shard that a lane reads: its columns whole, without excluded positions."""
+
+    def __init__(self, store: ActivationStore, plan: StreamPlan, shard: int) -> None:
+        self.shard = shard
+        self.columns = [store.read_column(shard, name).numpy() for name in COLUMNS]
+        position = self.columns[COLUMNS.index("position")]
+        kept = np.isin(position, plan.exclude_positions, invert=True)
+        self._slots = np.flatnonzero(kept).astype(np.int32)  # of the kept rows
+        if plan.exclude_positions:
+            self.columns = [column[kept] for column in self.columns]
+        self._rows_per_chunk = store.manifest.rows_per_chunk
+        chunk = self._slots // self._rows_per_chunk
+        steps = np.diff(self._slots, prepend=-2)
+        cuts = np.flatnonzero((steps > 1) | (np.diff(chunk, prepend=-1) > 0))
+        if len(cuts) * MIN_RUN_ROWS > len(self._slots):  # too many holes: pick rows chunk by chunk
+            cuts = np.flatnonzero(np.diff(chunk, prepend=-1) > 0)
+        self._cuts = cuts  # kept rows at which a run begins
+
+    def list_runs(self, lane: int, start: int, stop: int) -> Iterator[_Run]:
+        """Where kept rows start..stop are: runs without a hole, if those are not too short."""
+        first, last = self._cuts.searchsorted((start + 1, stop))
+        for begin, end in itertools.pairwise((start, *self._cuts[first:last].tolist(), stop)):
+            chunk, row = divmod(int(self._slots[begin]), self._rows_per_chunk)
+            rows = self._slots[begin:end] - chunk * self._rows_per_chunk
+            whole = int(rows[-1]) - row == end - 1 - begin
+            yield _Run(lane, self.shard, chunk, slice(row, row + end - begin) if whole else rows)
+
+
+class _ArrayReader:
+    """Reads acts or grads: of each lane's shard the file is open and one chunk in hand."""
+
+    def __init__(self, store: ActivationStore, path: str) -> None:
+        self._store = store
+        self._path = path
+        self._numbers = store.arrays[path].numbers
+        self._chunk_bytes = (
+            store.spec.shard_format(store.arrays[path]).chunk_bytes + 4
+        )  # and a checksum
+        self._lanes: dict[int, _OpenArray] = {}
+        self._memory: dict[int, np.ndarray] = {}  # of each lane's chunk; fresh pages cost more
+
+    def fill(self, out: Tensor, runs: Sequence[_Run]) -> None:
+        """Decode the runs' rows into `out`, one run after the other."""
+        first = 0
+        for lane, shard, chunk, rows in runs:
+            opened = self._lanes.get(lane)
+            if opened is None or opened.shard != shard:
+                self._close(lane)  # before the next takes its room
+                opened = _OpenArray(self._store, self._path, shard, self._take_memory(lane))
+                self._lanes[lane] = opened
+            taken = opened.hold_chunk(chunk).take(rows)
+            last = first + len(taken.numbers)
+            decode_numbers(taken, self._numbers, out[first:last])
+            first = last
+
+    def _take_memory(self, lane: int) -> np.ndarray:
+        if lane not in self._memory:
+            self._memory[lane] = np.empty(self._chunk_bytes, np.uint8)
+        return self._memory[lane]
+
+    def close(self) -> None:
+        for lane in list(self._lanes):
+            self._close(lane)
+
+    def _close(self, lane: int) -> None:
+        if lane in self._lanes:
+            self._lanes.pop(lane).close()
+
+
+class _OpenArray:
+    """Acts or grads of one shard, as they are on disk."""
+
+    def __init__(self, store: ActivationStore, path: str, shard: int, memory: np.ndarray) -> None:
+        self.shard = shard
+        self._rows_per_chunk = store.manifest.rows_per_chunk
+        self._row_scale = self._channel_scale = None
+        if store.arrays[path].numbers.scaled:
+            rows, channels = locate_scales(path)
+            slots = range(store.shards[shard].n_rows)
+            self._row_scale = store.read_stored(shard, rows, slots).numbers
+            self._channel_scale = store.read_stored(shard, channels, range(1)).numbers[0]
+        self._file = ExitStack()
+        self._read = self._file.enter_context(store.open_array(shard, path, memory))
+        self._chunk, self._held = -1, None
+
+    def hold_chunk(self, chunk: int) -> Stored:
+        if self._held is None or self._chunk != chunk:
+            self._held = None  # before the next takes its room
+            with ExitStack() as on_error:  # the file's place is told of damage, and closes it
+                on_error.push(self._file)
+                numbers = self._read(chunk)
+                on_error.pop_all()
+            first = chunk * self._rows_per_chunk
+            here = slice(first, first + self._rows_per_chunk)
+            scale = None if self._row_scale is None else self._row_scale[here]
+            self._chunk, self._held = chunk, Stored(numbers, scale, self._channel_scale)
+        return self._held
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_ahead(items: Generator[T, None, None]) -> Iterator[T]:
     """The same items, computed ahead on a thread that ends when the generator does."""
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(PREFETCHED_BATCHES)
     stopped = threading.Event()
@@ -152,15 +281,16 @@ def _prefetch(items: Iterator[T]) -> Iterator[T]:
 
     def work() -> None:
         try:
-            for item in items:
-                offer(item)
-                if stopped.is_set():
-                    return
+            with closing(items):
+                for item in items:
+                    offer(item)
+                    if stopped.is_set():
+                        return
             offer(None)
         except BaseException as error:
             offer(None, error)
 
-    thread = threading.Thread(target=work, name="store-prefetch", daemon=True)
+    thread = threading.Thread(target=work, name=_THREAD, daemon=True)
     thread.start()
     try:
         while True:

@@ -1,7 +1,8 @@
 """The work folder: which shards of a store are committed.
 
     <work>/store/              the growing Zarr group
-    <work>/commits/00003.json  {"record": ..., "facts": ...}: shard 3 exists because this file does
+    <work>/commits/00003.json  {"record": ..., "facts": ..., "checksum": ...}: shard 3 exists
+                               because this file does
     <work>/spec.json           what the work folder is for
     <work>/scratch/            files without their final name yet
     <work>/lock, holder.json   one driver at a time, and who it is
@@ -10,14 +11,23 @@
 Beside the store that it becomes, so that publishing is a matter of hard links.
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue
 
+from store.crash import crash_point
+from store.disk import write_durably
 from store.layout import ShardSpec
-from store.manifest import ShardRecord, StoreSpec, list_file_faults, locate_shard
+from store.manifest import (
+    ShardRecord,
+    StoreSpec,
+    fingerprint_of,
+    list_file_faults,
+    locate_shard,
+)
 
 
 class Commit(BaseModel):
@@ -31,6 +41,11 @@ class Commit(BaseModel):
 
 def store_folder(work: Path) -> Path:
     return work / "store"
+
+
+def locate_work(out: Path, fingerprint: str) -> Path:
+    """The work folder of the store at `out`; absolute, since workers run elsewhere."""
+    return out.absolute().parent / ".work" / fingerprint[:16]
 
 
 def commit_path(work: Path, shard: int) -> Path:
@@ -59,6 +74,16 @@ def read_commits(
     return commits
 
 
+def write_commit(work: Path, commit: Commit) -> None:
+    """Make a shard exist: the last thing that is written of it."""
+    fields = commit.model_dump(mode="json")
+    content = json.dumps(fields | {"checksum": fingerprint_of(fields)}, indent=1)
+    crash_point("before-commit")
+    path = commit_path(work, commit.record.index)
+    write_durably(path, [content.encode()], scratch=work / "scratch", kind="commit")
+    crash_point("after-commit")
+
+
 def sweep(work: Path) -> int:
     """Delete what an interrupted run left without a valid commit record; returns how many files.
 
@@ -80,7 +105,7 @@ def sweep(work: Path) -> int:
         if path.is_file() and path not in kept:
             leftovers.append(path)
     for path in leftovers:
-        path.unlink()
+        path.unlink(missing_ok=True)  # a duplicate of a shard may be renaming it
     for folder in (work / "scratch").glob("*/"):
         shutil.rmtree(folder)
     return len(leftovers)
@@ -107,7 +132,12 @@ def _has_files(work: Path, record: ShardRecord) -> bool:
 
 
 def _read_commit(path: Path) -> Commit | None:
+    """None for what is no whole commit record: the store's manifest would repeat what it says."""
     try:
-        return Commit.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
+        fields = json.loads(path.read_bytes())
+        checksum = fields.pop("checksum")
+        if checksum != fingerprint_of(fields):
+            return None
+        return Commit.model_validate_json(json.dumps(fields))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

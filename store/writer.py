@@ -7,7 +7,7 @@ then gives the finished store its public path.
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +22,26 @@ from store.errors import ManifestError
 from store.files import LocalFiles
 from store.layout import ShardSpec, permute_rows
 from store.lock import lock_work
-from store.manifest import FileRecord, ShardRecord, StoreSpec, check_identity, locate_shard
+from store.manifest import (
+    FileRecord,
+    ShardRecord,
+    StoreSpec,
+    check_identity,
+    locate_scales,
+    locate_shard,
+)
 from store.metadata import check_metadata, create_metadata, list_metadata
-from store.numbers import RowNames, check_numbers, encode_numbers
+from store.numbers import RowNames, Statistics, Stored, check_numbers, encode_numbers
 from store.publication import publish
 from store.shardfile import encode_shard
-from store.work import Commit, commit_path, committed_shards, read_commits, store_folder, sweep
+from store.work import (
+    Commit,
+    committed_shards,
+    read_commits,
+    store_folder,
+    sweep,
+    write_commit,
+)
 
 __all__ = [
     "ShardRows",
@@ -58,15 +72,20 @@ class ShardRows(NamedTuple):
 
 
 def required_bytes(spec: StoreSpec) -> int:
-    """Bytes on disk of the finished store, metadata and manifest estimated."""
-    arrays = spec.arrays().values()
-    shards = sum(
-        spec.shard_format(array).file_bytes(shard.n_rows)
-        for array in arrays
-        for shard in spec.layout.shards
-    )
-    n_files = len(arrays) * len(spec.layout.shards)
+    """Bytes on disk of the finished store, metadata and manifest estimated.
+
+    As if uncompressed: compression makes it less.
+    """
+    shards = sum(_shard_bytes(spec, shard) for shard in spec.layout.shards)
+    n_files = len(spec.arrays()) * len(spec.layout.shards)
     return shards + n_files * _MANIFEST_BYTES + len(list_metadata(spec)) * _METADATA_BYTES
+
+
+def _shard_bytes(spec: StoreSpec, shard: ShardSpec) -> int:
+    return sum(
+        spec.shard_format(array).file_bytes(array.count_rows(shard))
+        for array in spec.arrays().values()
+    )
 
 
 def prepare_work(work: Path, spec: StoreSpec) -> None:
@@ -98,7 +117,10 @@ def _write_metadata(work: Path, spec: StoreSpec, scratch: Path) -> None:
         create_metadata(Path(draft), spec)
         for path in list_metadata(spec):
             write_durably(
-                store_folder(work) / path, [(Path(draft) / path).read_bytes()], scratch=scratch
+                store_folder(work) / path,
+                [(Path(draft) / path).read_bytes()],
+                scratch=scratch,
+                kind="zarr.json",
             )
 
 
@@ -118,40 +140,60 @@ def write_shard(
     """
     columns = _list_columns(rows)
     _check_rows(spec, shard, rows, columns)
-    arrays = spec.arrays()
-    statistics = {
-        path: check_numbers(
-            columns[path].reshape(shard.n_rows, -1),
-            array.numbers,
-            RowNames(shard.index, path, rows.block, rows.position),
-        )
-        for path, array in arrays.items()
-        if array.numbers.memory.is_floating_point
-    }
-    needed = sum(spec.shard_format(array).file_bytes(shard.n_rows) for array in arrays.values())
-    with disk_errors(work, needed), _lock_shard(work, shard.index):
+    stored, statistics = _encode_columns(spec, shard, columns)
+    with disk_errors(work, _shard_bytes(spec, shard)), _lock_shard(work, shard.index):
         commit = read_commits(work, spec, (shard,)).get(shard.index)
         if commit is None:
-            files = _write_files(work, spec, shard, columns)
+            files = _write_files(work, spec, shard, stored)
             record = ShardRecord(**asdict(shard), files=files, statistics=statistics)
             commit = Commit(record=record, facts=dict(facts or {}))
-            content = json.dumps(commit.model_dump(mode="json"), indent=1).encode()
-            write_durably(commit_path(work, shard.index), [content], scratch=work / "scratch")
+            write_commit(work, commit)
     return commit.record
 
 
+def _encode_columns(
+    spec: StoreSpec, shard: ShardSpec, columns: Mapping[str, Tensor]
+) -> tuple[dict[str, Stored], dict[str, Statistics]]:
+    """Every column as the disk will hold it, and the statistics of those of floating point."""
+    stored, statistics = {}, {}
+    for path, column in spec.columns().items():
+        if column.numbers.memory.is_floating_point:
+            names = RowNames(shard.index, path, columns["block"], columns["position"])
+            values = columns[path].reshape(shard.n_rows, -1)
+            stored[path], statistics[path] = check_numbers(values, column.numbers, names)
+        else:
+            stored[path] = encode_numbers(columns[path], column.numbers)
+    return stored, statistics
+
+
 def _write_files(
-    work: Path, spec: StoreSpec, shard: ShardSpec, columns: Mapping[str, Tensor]
+    work: Path, spec: StoreSpec, shard: ShardSpec, stored: Mapping[str, Stored]
 ) -> dict[str, FileRecord]:
     order = permute_rows(spec.seed, shard.index, shard.n_rows)
-    files = {}
-    for path, array in spec.arrays().items():
-        stored = encode_numbers(columns[path], array.numbers).take(order).numbers
-        encoded = encode_shard(stored, spec.shard_format(array))
+    arrays, files = spec.arrays(), {}
+    for path, numbers in _permute(stored, order):
+        rows = numbers.reshape(-1, *arrays[path].row_shape)
+        encoded = encode_shard(rows, spec.shard_format(arrays[path]))
         target = store_folder(work) / locate_shard(path, shard.index)
-        written = write_durably(target, encoded.pieces, scratch=work / "scratch")
-        files[path] = FileRecord(bytes=written.bytes, sha256=written.sha256, crc32c=encoded.crc32c)
+        written = write_durably(target, encoded.pieces, scratch=work / "scratch", kind="array")
+        files[path] = FileRecord(
+            bytes=written.bytes,
+            sha256=written.sha256,
+            crc32c=encoded.crc32c,
+            chunk_bytes=encoded.chunk_bytes,
+        )
     return files
+
+
+def _permute(stored: Mapping[str, Stored], order: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Every array's numbers in slot order, one column and its scales at a time."""
+    for path, column in stored.items():
+        permuted = column.take(order)
+        yield path, permuted.numbers
+        if permuted.row_scale is not None and permuted.channel_scale is not None:
+            yield from zip(
+                locate_scales(path), (permuted.row_scale, permuted.channel_scale), strict=True
+            )
 
 
 def _list_columns(rows: ShardRows) -> dict[str, Tensor]:
@@ -169,7 +211,7 @@ def _check_rows(
     spec: StoreSpec, shard: ShardSpec, rows: ShardRows, columns: Mapping[str, Tensor]
 ) -> None:
     """Raise ValueError unless these are the shard's rows, all of them, in block-major order."""
-    arrays = spec.arrays()
+    arrays = spec.columns()
     if columns.keys() != arrays.keys():
         raise ValueError(
             f"shard {shard.index}: expected columns {sorted(arrays)}, got {sorted(columns)}"

@@ -3,7 +3,11 @@ prints.
 """
 
 import difflib
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -12,6 +16,8 @@ from pipeline.cli import stages
 from pipeline.cli.store import store
 from pipeline.errors import ConfigError, PipelineError
 from store.errors import StoreError
+
+_INTERRUPTED = "Interrupted. Run the same command again; committed shards are kept."
 
 
 class SuggestingGroup(click.Group):
@@ -50,20 +56,45 @@ def main(args: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if args is None else args
     debug = "--debug" in arguments
     try:
-        cli.main(arguments, prog_name="pipeline", standalone_mode=False)
+        with _interrupts():
+            cli.main(arguments, prog_name="pipeline", standalone_mode=False, obj=debug)
     except click.ClickException as error:
         command = getattr(error, "ctx", None)
         hint = f" See {command.command_path} --help." if command else ""
         click.echo(f"Error: {error.format_message()}{hint}", err=True)
         sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted. Run the same command again; committed shards are kept.", err=True)
-        sys.exit(130)
     except (PipelineError, StoreError, OSError, MemoryError) as error:
         if debug:
             raise
         click.echo(f"Error: {_one_line(error)}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Ctrl-C unwinds the command; a second one ends the process at once, whatever it is doing.
+
+    What is on the disk can be resumed at any moment, and the kernel releases the locks.
+    """
+
+    def unwind(*_: object) -> None:
+        signal.signal(signal.SIGINT, exit_at_once)
+        raise KeyboardInterrupt
+
+    def exit_at_once(*_: object) -> None:
+        click.echo(_INTERRUPTED, err=True)
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, unwind)
+    try:
+        yield
+    except (click.Abort, KeyboardInterrupt):  # click turns the one into the other
+        click.echo(_INTERRUPTED, err=True)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # little is left to do, and Python ends it
+        sys.exit(130)
+    finally:
+        if signal.getsignal(signal.SIGINT) is unwind:
+            signal.signal(signal.SIGINT, before)
 
 
 def _one_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ class Flag(NamedTuple):
     """A common setting's own option; every other setting is reached by `--set`."""
 
     keys: tuple[str, ...]  # the configuration keys that it sets
-    type: Any
+    type: Any  # bool: an option without a value
     help: str
     repeats: bool = False
 
@@ -33,7 +33,7 @@ FLAGS = {
     ),
     "dtype": Flag(
         ("cache.acts_dtype", "cache.grads_dtype"),
-        click.Choice(["float32", "float16", "bfloat16"]),
+        click.Choice(["float32", "float16", "bfloat16", "int8"]),
         "Number format of the store.",
     ),
     "cache-seed": Flag(("cache.seed",), int, "Seed of the row order inside each shard."),
@@ -47,6 +47,11 @@ FLAGS = {
     "k": Flag(("train.ks",), int, "Latents kept per token; repeat for a grid.", repeats=True),
     "train-tokens": Flag(("train.tokens",), int, "Tokens to train on."),
     "train-seed": Flag(("train.seeds",), int, "Seed of the SAE; repeat for several.", repeats=True),
+    "allow-partial": Flag(
+        ("train.allow_partial",),
+        bool,
+        "Train on the shards that are there where others are missing.",
+    ),
     "evaluate-tokens": Flag(("evaluate.tokens",), int, "Held-out tokens to measure on."),
     "store-layer": Flag(("cache.layers",), int, "Layer(s) that the store holds.", repeats=True),
     "store-hook": Flag(("cache.hook",), str, "Hook that the store holds."),
@@ -83,6 +88,8 @@ def takes(**flags: str) -> Callable:
                 f"--{name.replace('_', '-')}",
                 name,
                 type=flag.type,
+                is_flag=flag.type is bool,
+                default=None,
                 multiple=flag.repeats,
                 help=flag.help,
             )(command)

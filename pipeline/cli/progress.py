@@ -13,17 +13,26 @@ LINE_EVERY_S = 10.0  # between lines where there is no terminal
 
 
 @contextmanager
-def token_progress(label: str, total: int | None) -> Iterator[Callable[..., None]]:
+def byte_progress(label: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Yield `advance(n_bytes)`; shows the MB done, MB/s and the time left."""
+    with token_progress(label, n_bytes / 1e6, unit="MB") as advance:
+        yield lambda n_bytes: advance(n_bytes / 1e6)
+
+
+@contextmanager
+def token_progress(
+    label: str, total: int | float | None, unit: str = "tokens"
+) -> Iterator[Callable[..., None]]:
     """Yield `advance(n_tokens, note="")`; shows the tokens done, tokens/s, the time left and the
     note.
     """
     if not sys.stderr.isatty():
-        yield _LinePrinter(label, total)
+        yield _LinePrinter(label, total, unit)
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
-        TextColumn("{task.completed:,.0f} tokens"),
+        TextColumn(f"{{task.completed:,.0f}} {unit}"),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
@@ -32,21 +41,21 @@ def token_progress(label: str, total: int | None) -> Iterator[Callable[..., None
         task = progress.add_task(label, total=total, rate="", note="")
         started, done = time.monotonic(), 0
 
-        def advance(n_tokens: int, note: str = "") -> None:
+        def advance(n_tokens: int | float, note: str = "") -> None:
             nonlocal done
             done += n_tokens
-            rate = f"{done / (time.monotonic() - started):,.0f} tokens/s"
+            rate = f"{done / (time.monotonic() - started):,.0f} {unit}/s"
             progress.update(task, advance=n_tokens, rate=rate, note=note)
 
         yield advance
 
 
 class _LinePrinter:
-    def __init__(self, label: str, total: int | None) -> None:
-        self._label, self._total = label, total
-        self._done, self._started, self._printed = 0, time.monotonic(), -LINE_EVERY_S
+    def __init__(self, label: str, total: int | float | None, unit: str) -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._done, self._started, self._printed = 0.0, time.monotonic(), -LINE_EVERY_S
 
-    def __call__(self, n_tokens: int, note: str = "") -> None:
+    def __call__(self, n_tokens: int | float, note: str = "") -> None:
         self._done += n_tokens
         now = time.monotonic()
         if self._done != self._total and now - self._printed < LINE_EVERY_S:
@@ -56,8 +65,9 @@ class _LinePrinter:
         of_total = ""
         if self._total:
             left = max(self._total - self._done, 0) / rate if rate else 0.0
-            of_total = f" of {self._total:,}, {left:.0f} s left"
+            of_total = f" of {self._total:,.0f}, {left:.0f} s left"
         click.echo(
-            f"{self._label}: {self._done:,} tokens{of_total}, {rate:,.0f} tokens/s {note}".rstrip(),
+            f"{self._label}: {self._done:,.0f} {self._unit}{of_total}, "
+            f"{rate:,.0f} {self._unit}/s {note}".rstrip(),
             err=True,
         )

@@ -82,7 +82,7 @@ def cache(
     run: Invocation, corpus_path: Path | None, out: Path | None, dry_run: bool, overwrite: bool
 ) -> None:
     """Run the model once over the corpus; write activations and gradients as a Zarr store."""
-    from pipeline.cache import dask_mapper, run_cache
+    from pipeline.cache import run_cache
     from pipeline.cache_plan import plan_cache
     from pipeline.provenance import describe_run
 
@@ -95,16 +95,15 @@ def cache(
         return
     settings, provenance = run.config.run, describe_run(run.profile, run.config)
     missing_rows = sum(shard.n_rows for shard in plan.missing)
+    workers = None
+    if settings.workers or settings.scheduler:
+        from pipeline.cluster import open_workers
+
+        workers = open_workers(settings, plan.settings, debug=bool(click.get_current_context().obj))
     with token_progress("cache", missing_rows) as advance:
-        if settings.workers or settings.scheduler:
-            with dask_mapper(workers=settings.workers, scheduler=settings.scheduler) as mapper:
-                manifest = run_cache(
-                    plan, mapper, provenance=provenance, overwrite=overwrite, on_progress=advance
-                )
-        else:
-            manifest = run_cache(
-                plan, provenance=provenance, overwrite=overwrite, on_progress=advance
-            )
+        manifest = run_cache(
+            plan, workers, provenance=provenance, overwrite=overwrite, on_progress=advance
+        )
     click.echo(f"computed {len(plan.missing)} of {len(manifest.shards)} shards; store in {out}")
 
 
@@ -117,29 +116,40 @@ def cache(
     tokens="train-tokens",
     seed="train-seed",
     device="device",
+    allow_partial="allow-partial",
 )
 @click.option(
     "--store",
-    "store_path",
-    type=FOLDER,
+    metavar="PATH|URL",
     help="The store to train from.  [default: stores/<profile>]",
 )
 @click.option("--out", type=FOLDER, help="Folder of the SAEs.  [default: runs/<profile>]")
 @click.option("--overwrite", is_flag=True, help="Replace SAEs that are there.")
-def train(run: Invocation, store_path: Path | None, out: Path | None, overwrite: bool) -> None:
-    """Train an SAE for every beta, k and seed from one pass over the store."""
+def train(run: Invocation, store: str | None, out: Path | None, overwrite: bool) -> None:
+    """Train an SAE for every beta, k and seed from one pass over the store.
+
+    A remote store (s3://, https://, ssh://, dvc+<git>@<rev>:<folder>) is read through a cache, from
+    the first shards that arrive.
+    """
     from pipeline.device import pick_device
     from pipeline.provenance import describe_run
     from pipeline.training import plan_training, run_training
+    from store.reader import open_files
 
     config, out = run.config.train, out or run.paths.run
-    plan = plan_training(config, store_path or run.paths.store)
+    settings = run.config.run
+    files = open_files(
+        store or run.paths.store,
+        cache_root=settings.shard_cache,
+        cache_bytes=int(settings.shard_cache_gb * 1e9),
+    )
+    plan = plan_training(config, files)
     with token_progress("train", plan.n_steps * config.batch_size) as advance:
         trained = run_training(
             plan,
             config,
             out,
-            device=pick_device(run.config.run.device),
+            device=pick_device(settings.device),
             provenance=describe_run(run.profile, run.config),
             overwrite=overwrite,
             on_step=lambda report: advance(config.batch_size, note=_describe_step(report)),

@@ -1,51 +1,309 @@
-"""`pipeline store`: look at a store without the model or the corpus."""
+"""`pipeline store`: look at a store, check it and mend it, without the model or the corpus."""
 
 import json
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from pipeline.cli.sharing import gc, pull
+
+if TYPE_CHECKING:
+    from store.files import StoreFiles
+    from store.manifest import Manifest
+    from store.repair import RepairReport
+    from store.verify import DamagedFile
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
+)
+store_argument = click.argument("where", metavar="STORE")
 
 
 @click.group()
 def store() -> None:
-    """Look at a store."""
+    """Look at a store (a path or URL), check it, mend it."""
 
 
 @store.command()
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def info(path: Path, as_json: bool) -> None:
+@store_argument
+@json_option
+def info(where: str, as_json: bool) -> None:
     """What a store is, where it came from, and its statistics."""
-    from store import open_store
+    from store.reader import open_files
 
-    manifest = open_store(path).manifest
+    description = _describe(open_files(where))
     if as_json:
-        click.echo(json.dumps(manifest.as_dict(), indent=1))
+        click.echo(json.dumps(description, indent=1))
         return
-    n_bytes = sum(file.bytes for shard in manifest.shards for file in shard.files.values())
-    for name, value in (
-        ("fingerprint", manifest.fingerprint),
-        ("hooks", ", ".join(manifest.hooks)),
-        (
-            "rows",
-            f"{manifest.n_rows:,} of width {manifest.d_model}, in {manifest.n_blocks:,} blocks",
-        ),
-        ("formats", f"acts {manifest.acts_dtype}, grads {manifest.grads_dtype}"),
-        ("shards", f"{len(manifest.shards)}, {n_bytes / 1e6:,.0f} MB"),
-    ):
-        click.echo(f"{name:>12}  {value}")
-    for key, value in manifest.identity.items():
-        click.echo(f"{key:>22}  {json.dumps(value)}")
+    for line in _print_description(description):
+        click.echo(line)
 
 
 @store.command()
-@click.argument("path", type=click.Path(path_type=Path))
-def verify(path: Path) -> None:
-    """Check every byte of a store against the hashes in its manifest."""
-    from store import open_store
+@store_argument
+@click.option(
+    "--quick/--full",
+    default=False,
+    help="Presence and sizes alone, or every hash and number.  [default: --full]",
+)
+@json_option
+def verify(where: str, quick: bool, as_json: bool) -> None:
+    """List every damaged file of a store; exit with 1 if there is one."""
+    from pipeline.cli.progress import byte_progress
+    from store.reader import open_files, read_manifest
+    from store.summary import count_bytes
+    from store.verify import list_foreign, verify_full, verify_quick
 
-    opened = open_store(path)
-    opened.verify()
-    click.echo(
-        f"{path}: {len(opened.manifest.shards)} shards are exactly the bytes that were written"
-    )
+    files = open_files(where)
+    manifest = read_manifest(files)
+    if quick:
+        damage = verify_quick(files)
+    else:
+        with byte_progress("verify", count_bytes(manifest)) as advance:
+            damage = verify_full(files, advance)
+    foreign = list_foreign(files)
+    if as_json:
+        result = {
+            "store": files.where,
+            "fingerprint": manifest.fingerprint,
+            "check": "quick" if quick else "full",
+            "whole": not damage,
+            "n_shards": len(manifest.shards),
+            "damage": [_describe_file(file) for file in damage],
+            "foreign": foreign,
+        }
+        click.echo(json.dumps(result, indent=1))
+    else:
+        _print_damage(files.where, manifest, damage, foreign, quick)
+    if damage:
+        sys.exit(1)
+
+
+@store.command()
+@click.argument("path", metavar="STORE", type=click.Path(path_type=Path))
+@click.option("--from", "source", metavar="STORE", help="Another copy of it: a path or URL.")
+@json_option
+def repair(path: Path, source: str | None, as_json: bool) -> None:
+    """Replace a store's damaged files by good copies, or have `pipeline cache` recompute them.
+
+    Exits with 1 while shards are left to recompute.
+    """
+    import importlib.metadata
+
+    import torch
+
+    from pipeline.device import pick_device
+    from store.reader import open_files
+    from store.repair import repair as mend
+
+    machine = {
+        "device": pick_device("auto"),
+        "threads": torch.get_num_threads(),
+        "torch": importlib.metadata.version("torch"),
+    }
+    report = mend(path, source=open_files(source) if source else None, machine=machine)
+    if as_json:
+        result = {
+            "store": str(path),
+            "whole": not report.dropped,
+            "manifest_restored": report.manifest_restored,
+            "metadata": list(report.metadata),
+            "shards": [shard._asdict() for shard in report.shards],
+            "recompute": list(report.dropped),
+            "notes": list(report.notes),
+        }
+        click.echo(json.dumps(result, indent=1))
+    else:
+        _print_repair(path, report)
+    if report.dropped:
+        sys.exit(1)
+
+
+@store.command()
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@json_option
+def diff(first: str, second: str, as_json: bool) -> None:
+    """Compare what two stores are, field by field; exit with 1 if they differ."""
+    from store.manifest import diff_identities
+    from store.reader import open_files, read_manifest
+
+    manifests = [read_manifest(open_files(where)) for where in (first, second)]
+    ours, theirs = manifests
+    lines = diff_identities(ours.identity, theirs.identity)
+    other_bytes = [] if lines else _list_other_bytes(ours, theirs)
+    if as_json:
+        result = {
+            "fingerprints": [manifest.fingerprint for manifest in manifests],
+            "differences": lines,
+            "shards_of_other_bytes": other_bytes,
+        }
+        click.echo(json.dumps(result, indent=1))
+    else:
+        for line in lines:
+            click.echo(line)
+        if other_bytes:
+            click.echo(f"equal settings, other bytes in {_name_shards(other_bytes)}")
+        if not lines and not other_bytes:
+            click.echo(f"the same store, fingerprint {ours.fingerprint}, byte for byte")
+    if lines or other_bytes:
+        sys.exit(1)
+
+
+def _describe(files: "StoreFiles") -> dict[str, Any]:
+    """All of `info`, as JSON holds it."""
+    from store.manifest import PROVENANCE_NAME
+    from store.reader import read_manifest
+    from store.summary import count_bytes, summarize_arrays
+    from store.verify import verify_quick
+
+    manifest = read_manifest(files)
+    damage = verify_quick(files)
+    absent = sorted({file.shard for file in damage if file.shard is not None})
+    n_bytes = count_bytes(manifest)
+    try:
+        provenance = json.loads(files.read_bytes(PROVENANCE_NAME))
+    except (OSError, ValueError):
+        provenance = None
+    return {
+        "store": files.where,
+        "fingerprint": manifest.fingerprint,
+        "hooks": list(manifest.hooks),
+        "d_model": manifest.d_model,
+        "context_length": manifest.context_length,
+        "n_tokens": manifest.n_rows,
+        "n_blocks": manifest.n_blocks,
+        "acts_dtype": manifest.acts_dtype,
+        "grads_dtype": manifest.grads_dtype,
+        "compression": manifest.compression,
+        "bytes": n_bytes,
+        "bytes_per_token": n_bytes / manifest.n_rows,
+        "n_shards": len(manifest.shards),
+        "n_present": len(manifest.shards) - len(absent),
+        "missing_or_cut": absent,
+        "broken_metadata": [file.path for file in damage if file.shard is None],
+        "statistics": {
+            path: summary._asdict() for path, summary in summarize_arrays(manifest).items()
+        },
+        "identity": manifest.identity,
+        "provenance": provenance,
+    }
+
+
+def _print_description(description: Mapping[str, Any]) -> list[str]:
+    d = description
+    facts = [
+        ("store", d["store"]),
+        ("fingerprint", d["fingerprint"]),
+        ("hooks", ", ".join(d["hooks"])),
+        ("tokens", f"{d['n_tokens']:,} of width {d['d_model']}, in {d['n_blocks']:,} blocks"),
+        (
+            "formats",
+            f"acts {d['acts_dtype']}, grads {d['grads_dtype']}, compression {d['compression']}",
+        ),
+        ("disk", f"{d['bytes'] / 1e6:,.1f} MB, {d['bytes_per_token']:,.1f} bytes per token"),
+        ("shards", f"{d['n_present']} of {d['n_shards']} present"),
+    ]
+    if d["missing_or_cut"]:
+        facts.append(("damaged", f"{_name_shards(d['missing_or_cut'])}; see `store verify`"))
+    facts += [("damaged", path) for path in d["broken_metadata"]]
+    for path, statistics in d["statistics"].items():
+        facts.append(
+            (
+                path,
+                f"rms {statistics['rms']:.4g}, largest {statistics['max_abs']:.4g}, "
+                f"saturated {statistics['saturated']}, underflowed {statistics['underflowed']}",
+            )
+        )
+    facts += [(key, json.dumps(value)) for key, value in d["identity"].items()]
+    facts += _list_origin(d["provenance"])
+    width = max(len(name) for name, _ in facts)
+    return [f"{name:>{width}}  {value}" for name, value in facts]
+
+
+def _list_origin(provenance: Any) -> list[tuple[str, str]]:
+    """Where a store came from; the configuration is left to `--json`."""
+    if not isinstance(provenance, dict):
+        return [("made by", "unknown: provenance.json is missing or cut")]
+    facts = [
+        (f"made with {key}", json.dumps(value))
+        for key, value in provenance.items()
+        if key not in ("config", "shards")
+    ]
+    shards = [shard for shard in provenance.get("shards", []) if isinstance(shard, dict)]
+    for key in ("host", "device", "threads"):
+        values = sorted({str(shard[key]) for shard in shards if key in shard})
+        if values:
+            facts.append((f"made on {key}", ", ".join(values)))
+    return facts
+
+
+def _print_damage(
+    where: str,
+    manifest: "Manifest",
+    damage: Sequence["DamagedFile"],
+    foreign: Sequence[str],
+    quick: bool,
+) -> None:
+    for file in damage:
+        name = "metadata" if file.shard is None else f"shard {file.shard}"
+        click.echo(f"{name}: {file.path}: {file.problem}")
+    for path in foreign:
+        click.echo(f"foreign: {path}: no part of the store")
+    n_shards = len(manifest.shards)
+    if not damage and quick:
+        click.echo(f"{where}: {n_shards} shards are there, in full size; --full reads them")
+    elif not damage:
+        click.echo(f"{where}: {n_shards} shards are exactly the bytes that were written")
+    else:
+        missing = {file.shard for file in damage if file.problem == "missing"} - {None}
+        damaged = {file.shard for file in damage} - {None}
+        click.echo(
+            f"{where}: {len(damaged)} of {n_shards} shards damaged, of which {len(missing)} "
+            f"missing. Run `pipeline store repair {where}`."
+        )
+
+
+def _print_repair(path: Path, report: "RepairReport") -> None:
+    words = {
+        "relinked": "taken from the work folder",
+        "fetched": "fetched",
+        "dropped": "left to recompute",
+    }
+    if report.manifest_restored:
+        click.echo("manifest.json: fetched")
+    for name in report.metadata:
+        click.echo(f"{name}: written again")
+    for shard in report.shards:
+        click.echo(f"shard {shard.shard}: {len(shard.files)} files {words[shard.done]}")
+    for note in report.notes:
+        click.echo(note)
+    if report.dropped:
+        click.echo(
+            f"{path}: {_name_shards(report.dropped)} left. Run `pipeline cache` with the settings "
+            "that made the store, which computes these alone, or name a whole copy with --from."
+        )
+    else:
+        click.echo(f"{path}: every byte is the one that was written")
+
+
+def _list_other_bytes(ours: "Manifest", theirs: "Manifest") -> list[int]:
+    """Shards of equal settings and other content: made on other hardware, say."""
+    pairs = zip(ours.shards, theirs.shards, strict=True)
+    return [mine.index for mine, other in pairs if mine != other]
+
+
+def _name_shards(shards: Sequence[int]) -> str:
+    listed = ", ".join(map(str, shards[:10])) + (", ..." if len(shards) > 10 else "")
+    return f"{len(shards)} shards ({listed})" if len(shards) != 1 else f"shard {listed}"
+
+
+def _describe_file(file: "DamagedFile") -> dict[str, Any]:
+    return {"shard": file.shard, "path": file.path, "problem": file.problem}
+
+
+store.add_command(pull)
+store.add_command(gc)

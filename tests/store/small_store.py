@@ -25,6 +25,7 @@ def make_spec(
     seed: int = 3,
     min_shards: int = 4,
     weights: str = "w0",
+    compression: str = "none",
 ) -> StoreSpec:
     """Shards of four blocks in two chunks where there are 21 blocks."""
     layout = store.plan_shards(
@@ -44,6 +45,7 @@ def make_spec(
         grads_dtype=grads_dtype,
         seed=seed,
         layout=layout,
+        compression=compression,
     )
 
 
@@ -90,9 +92,9 @@ def as_stored(values: torch.Tensor, dtype: str) -> torch.Tensor:
 def all_rows(spec: StoreSpec, hook: str = HOOK) -> store.Rows:
     """Every row of the store in block-major order, as a reader must return it."""
     parts = [make_rows(spec, shard) for shard in spec.layout.shards]
-    return store.Rows(
-        acts=as_stored(torch.cat([part.acts[hook] for part in parts]), spec.acts_dtype),
-        grads=as_stored(torch.cat([part.grads[hook] for part in parts]), spec.grads_dtype),
+    return store.Rows(  # shard by shard, since int8 has scales for each
+        acts=torch.cat([as_stored(part.acts[hook], spec.acts_dtype) for part in parts]),
+        grads=torch.cat([as_stored(part.grads[hook], spec.grads_dtype) for part in parts]),
         tokens=torch.cat([part.tokens for part in parts]),
         loss=torch.cat([part.loss for part in parts]),
         block=torch.cat([part.block for part in parts]),

@@ -17,10 +17,11 @@ from store.manifest import (
     diff_identities,
     encode_manifest,
     fingerprint_of,
+    locate_scales,
     locate_shard,
 )
 from store.reader import read_manifest
-from tests.store.small_store import HOOK, make_spec, write_store
+from tests.store.small_store import HOOK, PADDED, make_spec, write_store
 
 JSON = st.recursive(
     st.none()
@@ -94,7 +95,9 @@ def test_difference_names_every_field():
         {"d_model": 0},
         {"context_length": 5},  # not the layout's
         {"seed": 4},  # not the identity's
-        {"identity": {"format_version": 2}},
+        {"identity": {"format_version": 1}},
+        {"compression": "gzip"},
+        {"identity": {"compression": "zstd"}},
     ],
 )
 def test_spec_refuses_contradictions(change):
@@ -150,7 +153,9 @@ FILE = ("shards", 1, "files", "tokens")
     ("change", "message"),
     [
         (set_field("format", value="zip"), "format in .* expected activation-store, got zip"),
-        (set_field("format_version", value=2), "format_version in .* expected 1, got 2"),
+        (set_field("format_version", value=1), "format_version in .* expected 2, got 1"),
+        (set_field("compression", value="gzip"), "compression"),
+        (set_field("compression", value="zstd"), "bytes, chunks, lengths"),
         (set_field("fingerprint", value="0" * 64), "fingerprint in"),
         (set_field("identity", "weights", value="w1"), "fingerprint in"),
         (set_field("seed", value=4), "seed"),
@@ -164,6 +169,8 @@ FILE = ("shards", 1, "files", "tokens")
         (set_field("shards", 0, "files", value={}), "expected files"),
         (set_field(*FILE, "bytes", value=10**15), "bytes, chunks"),
         (set_field(*FILE, "crc32c", value=[1]), "bytes, chunks"),
+        (set_field(*FILE, "chunk_bytes", value=[64, 64]), "bytes, chunks"),
+        (lambda content: content["shards"][1]["files"]["tokens"].pop("chunk_bytes"), "chunk_bytes"),
         (set_field("shards", value=[]), "layout"),
         (lambda content: content.update(extra=1), "at extra"),
         (lambda content: content.pop("n_rows"), "at n_rows"),
@@ -183,6 +190,63 @@ def test_other_files_in_its_place(written, content):
         read_manifest(LocalFiles(written))
 
 
+CHANNELS = ("shards", 1, "files", f"{HOOK}/acts_channel_scale")
+SPELLED = make_spec(acts_dtype="int8", compression="zstd")
+
+
+def change_lengths(change):
+    """Of the compressed chunks, with the file's size to match."""
+
+    def edit_file(content):
+        file = content["shards"][1]["files"]["tokens"]
+        file["chunk_bytes"] = change(file["chunk_bytes"])
+        file["bytes"] = sum(file["chunk_bytes"]) + 2 * 16 + 3 * 4
+
+    return edit_file
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_lengths(lambda lengths: [*lengths, 1]), "bytes, chunks, lengths"),
+        (change_lengths(lambda lengths: lengths[:1]), "bytes, chunks, lengths"),
+        (change_lengths(lambda _: []), "bytes, chunks, lengths"),
+        (change_lengths(lambda lengths: [lengths[0], -1]), "one byte or more"),
+        (change_lengths(lambda lengths: [0, sum(lengths)]), "one byte or more"),
+        (set_field(*FILE, "bytes", value=10**15), "bytes, chunks, lengths"),
+        (set_field("compression", value="none"), "bytes, chunks, lengths"),
+        (set_field("acts_dtype", value="float16"), "expected files"),
+        (
+            set_field("shards", 1, "files", f"{HOOK}/acts_channel_scale", "crc32c", value=[1, 2]),
+            "2",
+        ),
+    ],
+)
+def test_forged_manifest_of_compressed_int8(tmp_path, change, message):
+    path = Path(write_store(tmp_path / "out", SPELLED).where)
+    assert read_manifest(LocalFiles(path)).spec == SPELLED
+    edit(path, change)
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(LocalFiles(path))
+
+
+@pytest.mark.parametrize("n_hooks", [1, 2])
+def test_arrays_of_int8_have_scales(n_hooks):
+    spec = make_spec(PADDED, hooks=("a", "b")[:n_hooks], acts_dtype="float16", grads_dtype="int8")
+    arrays = spec.arrays()
+    assert [path for path in arrays if path.startswith("a/")] == [
+        "a/acts", "a/grads", "a/grads_row_scale", "a/grads_channel_scale",
+    ]  # fmt: skip
+    assert spec.columns().items() < arrays.items()
+    last = spec.layout.shards[-1]
+    sizes = {"a/grads_row_scale": (168, last.n_rows), "a/grads_channel_scale": (6, 1)}
+    for path, (n_slots, n_rows) in sizes.items():
+        assert (spec.count_slots(arrays[path]), arrays[path].count_rows(last)) == (n_slots, n_rows)
+
+
 def test_chunk_keys():
     assert locate_shard("tokens", 3) == "tokens/c/3"
     assert locate_shard(f"{HOOK}/acts", 3) == f"{HOOK}/acts/c/3/0"
+    rows, channels = locate_scales(f"{HOOK}/acts")
+    assert locate_shard(rows, 3) == f"{HOOK}/acts_row_scale/c/3"
+    assert locate_shard(channels, 3) == f"{HOOK}/acts_channel_scale/c/3/0"

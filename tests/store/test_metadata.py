@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from store.compression import COMPRESSIONS
 from store.errors import ManifestError
 from store.files import LocalFiles
 from store.metadata import check_metadata, create_metadata, list_metadata
+from store.numbers import VALUE_FORMATS
 from tests.store.small_store import HOOK, PADDED, list_files, make_spec
 
 
@@ -16,10 +18,11 @@ def folder(tmp_path):
     return tmp_path / "store"
 
 
-@pytest.mark.parametrize("acts_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("acts_dtype", VALUE_FORMATS)
+@pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("hooks", [(HOOK,), ("a.b", "c")])
-def test_zarr_writes_what_is_expected(tmp_path, acts_dtype, hooks):
-    spec = make_spec(PADDED, hooks=hooks, acts_dtype=acts_dtype)
+def test_zarr_writes_what_is_expected(tmp_path, acts_dtype, compression, hooks):
+    spec = make_spec(PADDED, hooks=hooks, acts_dtype=acts_dtype, compression=compression)
     create_metadata(tmp_path / "one", spec)
     create_metadata(tmp_path / "two", spec)
     assert list_files(tmp_path / "one") == list_files(tmp_path / "two")
@@ -72,6 +75,11 @@ def test_other_values(folder, keys, value):
     file.write_text(json.dumps(content))
     with pytest.raises(ManifestError, match=rf"{keys[0]} in .*acts/zarr\.json: expected"):
         check_metadata(LocalFiles(folder), make_spec())
+
+
+def test_metadata_of_another_compression(folder):
+    with pytest.raises(ManifestError, match=r'codecs in .*expected .*"zstd".*as in the manifest'):
+        check_metadata(LocalFiles(folder), make_spec(compression="zstd"))
 
 
 def test_metadata_of_another_store(folder):

@@ -8,9 +8,13 @@ import pytest
 import tensorstore
 import torch
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import store
+from store.compression import COMPRESSIONS
 from store.layout import permute_rows
+from store.manifest import locate_scales
 from store.numbers import FORMATS, Stored, decode_numbers
 from tests.store.small_store import (
     HOOK,
@@ -23,14 +27,25 @@ from tests.store.small_store import (
     write_store,
 )
 
-FORMAT_PAIRS = [("float32", "float16"), ("float16", "bfloat16"), ("bfloat16", "float32")]
-CASES = [(lengths, *pair) for lengths in (PACKED, PADDED) for pair in FORMAT_PAIRS]
+FORMATS_OF = [  # acts, grads, every chunk's compression
+    ("float32", "float16", "none"),
+    ("float16", "bfloat16", "zstd"),
+    ("bfloat16", "float32", "blosc"),
+    ("int8", "float16", "zstd"),
+    ("int8", "int8", "none"),
+    ("float32", "int8", "blosc"),
+]
+CASES = [(lengths, *formats) for lengths in (PACKED, PADDED) for formats in FORMATS_OF]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda c: f"{c[0].sum()}-{c[1]}-{c[2]}")
+@pytest.fixture(
+    scope="module", params=CASES, ids=lambda c: "-".join(map(str, (c[0].sum(), *c[1:])))
+)
 def opened(request, tmp_path_factory):
-    lengths, acts_dtype, grads_dtype = request.param
-    spec = make_spec(lengths, acts_dtype=acts_dtype, grads_dtype=grads_dtype)
+    lengths, acts_dtype, grads_dtype, compression = request.param
+    spec = make_spec(
+        lengths, acts_dtype=acts_dtype, grads_dtype=grads_dtype, compression=compression
+    )
     return write_store(tmp_path_factory.mktemp("store") / "out", spec)
 
 
@@ -93,31 +108,45 @@ def read_with_tensorstore(path, array):
     return np.asarray(opened.read().result())
 
 
+def assert_fill(values, array):
+    fill = np.full((), array.numbers.fill, array.numbers.disk)
+    assert np.array_equal(
+        values, np.broadcast_to(fill, values.shape), equal_nan=values.dtype.kind == "f"
+    )
+
+
 @pytest.mark.parametrize("read", [read_with_zarr, read_with_tensorstore])
 def test_other_readers_see_the_same(opened, read):
     """Un-permuted by the documented rule, they are what was written; padding is the fill value."""
-    spec, written = opened.spec, all_rows(opened.spec)
+    spec, layout = opened.spec, opened.spec.layout
+    stored = {path: read(Path(opened.where), path) for path in spec.arrays()}
+    for path, array in spec.arrays().items():
+        n_slots = layout.n_slots if array.per == "slot" else len(layout.shards)
+        assert stored[path].shape == (n_slots, *array.row_shape)
+        assert stored[path].dtype == array.numbers.disk
     names = {"acts": f"{HOOK}/acts", "grads": f"{HOOK}/grads"}
-    for field, expected in zip(store.Rows._fields, written, strict=True):
-        array = spec.arrays()[names.get(field, field)]
-        stored = read(Path(opened.where), array.path)
-        assert stored.shape == (spec.layout.n_slots, *array.row_shape)
-        assert stored.dtype == array.numbers.disk
-        rows, padding = [], []
+    for field, expected in zip(store.Rows._fields, all_rows(spec), strict=True):
+        path = names.get(field, field)
+        column, (rows, channels) = spec.arrays()[path], locate_scales(path)
+        unpermuted = []
         for shard in opened.shards:
-            first = shard.index * spec.layout.rows_per_shard
-            slots = stored[first : first + spec.layout.rows_per_shard]
-            order = permute_rows(spec.seed, shard.index, shard.n_rows)
-            unpermuted = np.empty_like(slots[: shard.n_rows])
-            unpermuted[order] = slots[: shard.n_rows]
-            rows.append(unpermuted)
-            padding.append(slots[shard.n_rows :])
-        assert torch.equal(decode_numbers(Stored(np.concatenate(rows)), array.numbers), expected)
-        fill = np.full((), array.numbers.fill, array.numbers.disk)
-        assert np.array_equal(
-            np.concatenate(padding), np.broadcast_to(fill, np.concatenate(padding).shape),
-            equal_nan=array.numbers.disk.kind == "f",
-        )  # fmt: skip
+            first = shard.index * layout.rows_per_shard
+            slots, padding = (
+                slice(first, first + shard.n_rows),
+                slice(first + shard.n_rows, first + layout.rows_per_shard),
+            )
+            numbers = Stored(stored[path][slots])
+            if column.numbers.scaled:
+                numbers = Stored(
+                    stored[path][slots], stored[rows][slots], stored[channels][shard.index]
+                )
+                assert_fill(stored[rows][padding], spec.arrays()[rows])
+            assert_fill(stored[path][padding], column)
+            values = decode_numbers(numbers, column.numbers)
+            unpermuted.append(
+                values[np.argsort(permute_rows(spec.seed, shard.index, shard.n_rows))]
+            )
+        assert torch.equal(torch.cat(unpermuted), expected)
 
 
 def test_zarr_sees_dimensions_and_attributes(opened):
@@ -126,6 +155,9 @@ def test_zarr_sees_dimensions_and_attributes(opened):
     assert root[f"{HOOK}/acts"].metadata.dimension_names == ("slot", "channel")
     assert root[f"{HOOK}/acts"].attrs["number_format"] == opened.manifest.acts_dtype
     assert root["loss"].metadata.dimension_names == ("slot",)
+    if opened.manifest.acts_dtype == "int8":
+        rows, channels = (root[path].metadata for path in locate_scales(f"{HOOK}/acts"))
+        assert (rows.dimension_names, channels.dimension_names) == (("slot",), ("shard", "channel"))
 
 
 def test_no_padding_comes_out(padded):
@@ -164,30 +196,53 @@ def test_hooks_are_kept_apart(padded):
 
 
 def test_contiguous_slots_read_only_their_chunks(opened, monkeypatch):
+    """Once each; of the channel scales, which have one row, all."""
     shard, rows_per_chunk = 0, opened.manifest.rows_per_chunk
     n_rows = opened.shards[shard].n_rows
     reads = []
-    pread = os.pread
+    preadv = os.preadv
 
-    def spy(file, length, offset):
-        reads.append((os.readlink(f"/proc/self/fd/{file}"), offset, length))
-        return pread(file, length, offset)
+    def spy(file, buffers, offset):
+        path = Path(os.readlink(f"/proc/self/fd/{file}")).relative_to(opened.where)
+        reads.append((str(path), offset, sum(map(len, buffers))))
+        return preadv(file, buffers, offset)
 
-    monkeypatch.setattr(os, "pread", spy)
+    monkeypatch.setattr(os, "preadv", spy)
     opened.read_slots(shard, rows_per_chunk + 1, min(rows_per_chunk + 3, n_rows))
-    chunk_bytes = {
-        str(Path(opened.where) / store.manifest.locate_shard(array.path, shard)): (
-            opened.spec.shard_format(array).chunk_bytes + 4
+    expected = []
+    for path, array in opened.spec.arrays().items():
+        uncompressed = opened.spec.shard_format(array).chunk_bytes
+        lengths = opened.manifest.shards[shard].files[path].chunk_bytes or [uncompressed] * 2
+        lengths = [length + 4 for length in lengths]  # with the checksum
+        chunk = 1 if array.per == "slot" else 0
+        expected.append(
+            (store.manifest.locate_shard(path, shard), sum(lengths[:chunk]), lengths[chunk])
         )
-        for array in opened.spec.arrays().values()
-    }
-    data = [(path, offset) for path, offset, length in reads if length == chunk_bytes[path]]
-    assert sorted(data) == sorted(chunk_bytes.items())  # the second chunk starts after one chunk
-    assert len(reads) == 2 * len(data)  # and the index of each file
+    assert sorted(reads) == sorted(expected)
+
+
+def test_any_slots_in_any_order(opened):
+    shard = opened.shards[0]
+    whole = opened.read_slots(0, 0, shard.n_rows)
+    for slots in ([], [3], [5, 0, 5, shard.n_rows - 1], list(range(shard.n_rows))[::-1]):
+        for path, column in ((f"{HOOK}/acts", whole.acts), ("tokens", whole.tokens)):
+            stored = opened.read_stored(0, path, np.array(slots, dtype=np.int64))
+            out = torch.empty(len(slots), *column.shape[1:], dtype=column.dtype)
+            found = decode_numbers(stored, opened.arrays[path].numbers, out)
+            assert found is out
+            assert torch.equal(found, column[slots])
+
+
+def test_a_range_inside_a_chunk_is_not_copied(opened):
+    stored = opened.read_stored(0, f"{HOOK}/acts", range(2, 5))
+    assert stored.numbers.base is not None
+    assert len(stored.numbers) == 3
+    assert len(opened.read_stored(0, "tokens", range(4, 4)).numbers) == 0
 
 
 def test_opening_reads_no_shard(opened, monkeypatch):
     monkeypatch.delattr(os, "pread")
+    monkeypatch.delattr(os, "preadv")
     assert store.open_store(opened.where).manifest == opened.manifest
 
 
@@ -199,4 +254,39 @@ def test_verify_reports_progress(opened):
 
 
 def test_formats_cover_the_cases():
-    assert {name for case in CASES for name in case[1:]} | {"int32"} == set(FORMATS)
+    assert {name for case in CASES for name in case[1:3]} | {"int32"} == set(FORMATS)
+    assert {case[3] for case in CASES} == set(COMPRESSIONS)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_exact_rows_or_an_error_of_compressed_int8(compressed, data):
+    """Any byte of any file changed, scales and all: what can still be read is what was written."""
+    path, expected = compressed
+    file = data.draw(st.sampled_from(sorted(f for f in path.rglob("*") if f.is_file())))
+    content = file.read_bytes()
+    damaged = bytearray(content)
+    damaged[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    file.write_bytes(damaged)
+    try:
+        opened = store.open_store(path)
+        for shard in opened.shards:
+            try:
+                rows = opened.read_shard(shard.index)
+            except store.StoreError:
+                continue
+            assert_rows_equal(rows, expected[shard.index])
+    except store.StoreError:
+        pass
+    finally:
+        file.write_bytes(content)
+
+
+@pytest.fixture(scope="module", params=["zstd", "blosc"])
+def compressed(request, tmp_path_factory):
+    spec = make_spec(PADDED, acts_dtype="int8", grads_dtype="int8", compression=request.param)
+    opened = write_store(tmp_path_factory.mktemp("store") / "out", spec)
+    shards = [opened.read_shard(shard.index) for shard in opened.shards]
+    whole = tuple(torch.cat(columns) for columns in zip(*shards, strict=True))
+    assert_rows_equal(whole, all_rows(spec))
+    return Path(opened.where), shards

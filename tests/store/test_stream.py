@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import store
-from store.shuffle import plan_epoch
-from store.stream import count_rows, stream_batches
+from store.shuffle import plan_batches
+from store.stream import SHARDS_AHEAD
+from store.stream_plan import PREFETCHED_BATCHES
 from tests.store.small_store import (
     CONTEXT,
     HOOK,
@@ -32,9 +33,13 @@ def packed(tmp_path_factory):
     return write_store(tmp_path_factory.mktemp("store") / "out", make_spec())
 
 
+def plan(opened, **options):
+    defaults = {"hook": HOOK, "batch_size": 16, "epochs": 1, "seed": 0, "window": 3}
+    return store.plan_stream(opened, **(defaults | options))
+
+
 def stream(opened, **options):
-    defaults = {"batch_size": 16, "epochs": 1, "seed": 0, "window": 3}
-    return list(stream_batches(opened, **(defaults | options)))
+    return list(store.stream_batches(opened, plan(opened, **options)))
 
 
 def names(batches):
@@ -45,33 +50,46 @@ def names(batches):
     ]
 
 
-def stream_slowly(opened, *, batch_size, epochs, seed, window, exclude):
-    """The planned slices one after the other, filtered, then cut."""
-    slice_rows = max(32, batch_size // window)
-    sizes = [shard.n_rows for shard in opened.shards]
-    rows = [
-        opened.read_slots(*piece)
-        for epoch in range(epochs)
-        for piece in plan_epoch(sizes, slice_rows=slice_rows, window=window, seed=seed, epoch=epoch)
-    ]
-    whole = store.Rows(*(torch.cat(columns) for columns in zip(*rows, strict=True)))
-    kept = torch.tensor([p not in exclude for p in whole.position.tolist()])
-    whole = store.Rows(*(column[kept] for column in whole))
-    n_batches = len(whole.block) // batch_size
-    return [
-        store.Batch(*(column[i * batch_size : (i + 1) * batch_size] for column in whole))
-        for i in range(n_batches)
-    ]
+def join(batches):
+    return store.Batch(*(torch.cat(columns) for columns in zip(*batches, strict=True)))
+
+
+def stream_slowly(opened, planned):
+    """Every shard filtered, then the planned slices one after the other."""
+    shards = []
+    for shard in opened.present:
+        rows = opened.read_slots(shard, 0, opened.shards[shard].n_rows)
+        kept = torch.tensor([p not in planned.exclude_positions for p in rows.position.tolist()])
+        shards.append(store.Rows(*(column[kept] for column in rows)))
+    batches = plan_batches(
+        planned.rows_per_shard,
+        batch_size=planned.batch_size,
+        window=planned.window,
+        seed=planned.seed,
+    )
+    for _, pieces in zip(range(planned.n_batches), batches, strict=False):
+        parts = [
+            store.Rows(*(column[piece.start : piece.stop] for column in shards[piece.shard]))
+            for piece in pieces
+        ]
+        yield join(parts)
 
 
 @pytest.mark.parametrize("exclude", [(), (0,), (0, 3, 7)])
 @pytest.mark.parametrize("batch_size", [1, 16, 33])
 @pytest.mark.parametrize("window", [1, 3])
 def test_batches_are_the_planned_rows(opened, exclude, batch_size, window):
-    settings = {"batch_size": batch_size, "epochs": 2, "seed": 5, "window": window}
-    found = stream(opened, exclude_positions=exclude, **settings)
-    expected = stream_slowly(opened, exclude=exclude, **settings)
-    assert len(found) == len(expected) == 2 * count_rows(opened, exclude) // batch_size
+    planned = plan(
+        opened,
+        batch_size=batch_size,
+        epochs=2,
+        seed=5,
+        window=window,
+        exclude_positions=exclude,
+    )
+    found = list(store.stream_batches(opened, planned))
+    expected = list(stream_slowly(opened, planned))
+    assert len(found) == len(expected) == 2 * store.count_rows(opened, exclude) // batch_size
     for left, right in zip(found, expected, strict=True):
         assert_rows_equal(left, right)
 
@@ -82,9 +100,9 @@ def test_an_epoch_has_every_row_once_and_is_exact(opened):
     order = {name: row for row, name in enumerate(names([expected]))}
     assert sorted(found) == sorted(order)
     rows = torch.tensor([order[name] for name in found])
-    batches = stream(opened, batch_size=1)
-    acts = torch.cat([batch.acts for batch in batches])
-    assert torch.equal(acts, expected.acts[rows])
+    assert_rows_equal(
+        join(stream(opened, batch_size=1)), store.Batch(*(column[rows] for column in expected))
+    )
 
 
 def test_order_is_a_function_of_the_settings(opened):
@@ -94,10 +112,124 @@ def test_order_is_a_function_of_the_settings(opened):
     assert first[: len(first) // 2] != first[len(first) // 2 :]
 
 
+@pytest.mark.parametrize("first", [0, 1, 7, 19, 20])
+def test_a_stream_goes_on_where_a_checkpoint_stopped(opened, first):
+    """In the middle of a shard, of a slice and of an epoch."""
+    options = {"epochs": 3, "exclude_positions": (0,), "batch_size": 8, "tokens": 160}
+    planned = plan(opened, **options)
+    state = store.StreamState(planned.order, first)
+    resumed = store.stream_batches(
+        opened, planned, first_batch=store.resume_batch(plan(opened, **options), state)
+    )
+    whole = list(store.stream_batches(opened, planned))
+    assert len(whole) == 20
+    found = list(resumed)
+    assert len(found) == 20 - first
+    for left, right in zip(found, whole[first:], strict=True):
+        assert_rows_equal(left, right)
+
+
+def test_resuming_reads_nothing_that_was_skipped(packed, monkeypatch):
+    read = []
+    read_stored = store.ActivationStore.read_stored
+
+    def spy(self, shard, path, slots):
+        read.append((shard, path))
+        return read_stored(self, shard, path, slots)
+
+    planned = plan(packed, batch_size=8, epochs=3)
+    monkeypatch.setattr(store.ActivationStore, "read_stored", spy)
+    last = store.stream_batches(packed, planned, first_batch=planned.n_batches - 1)
+    assert len(list(last)) == 1
+    pieces = next(
+        plan_batches(
+            planned.rows_per_shard,
+            batch_size=8,
+            window=3,
+            seed=0,
+            first_batch=planned.n_batches - 1,
+        )
+    )
+    assert {shard for shard, _ in read} == {piece.shard for piece in pieces}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"batch_size": 15},
+        {"window": 2},
+        {"exclude_positions": (0,)},
+    ],
+)
+def test_a_checkpoint_of_another_order_is_refused(packed, change):
+    state = store.StreamState(plan(packed, **change).order, 2)
+    with pytest.raises(store.StoreError, match="order of the batches at batch 2: expected"):
+        store.resume_batch(plan(packed), state)
+
+
+def test_more_epochs_go_on_in_the_same_order(packed):
+    assert plan(packed, epochs=2).order == plan(packed, epochs=3, tokens=400).order
+    assert names(stream(packed, epochs=3))[:320] == names(stream(packed, epochs=2))[:320]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_ranks_together_see_what_one_reader_sees(opened, world_size):
+    """Bit for bit; also where there are more ranks than shards."""
+    planned = plan(opened, epochs=2, exclude_positions=(0,))
+    whole = store.stream_batches(opened, planned)
+    ranks = [
+        store.stream_batches(opened, planned, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for batch, *parts in zip(whole, *ranks, strict=True):
+        assert_rows_equal(join(parts), batch)
+
+
+def test_world_size_may_change_between_runs(packed):
+    planned = plan(packed, epochs=2)
+    parts, batch = [], 0
+    for world_size, n_batches in [(1, 3), (3, 4), (2, 14)]:
+        ranks = [
+            store.stream_batches(
+                packed, planned, first_batch=batch, rank=rank, world_size=world_size
+            )
+            for rank in range(world_size)
+        ]
+        for _ in range(n_batches):
+            parts += [next(rank) for rank in ranks]
+        for rank in ranks:
+            rank.close()
+        batch += n_batches
+    assert_rows_equal(join(parts), join(stream(packed, epochs=2)))
+
+
+def test_present_shards_alone_are_streamed(tmp_path):
+    whole = write_store(tmp_path / "out", make_spec())
+    (tmp_path / f"out/{HOOK}/acts/c/2/0").unlink()
+    opened = store.open_store(tmp_path / "out", allow_partial=True)
+    missing = whole.shards[2]
+    gone = range(missing.first_block, missing.first_block + missing.n_blocks)
+    found = {block for block, _ in names(stream(opened, batch_size=1))}
+    assert found == set(range(21)) - set(gone)
+    assert store.count_rows(opened) == 168 - missing.n_rows
+    assert plan(opened).order != plan(whole).order
+
+
+def test_no_window_is_the_one_that_mixes_enough(packed):
+    planned = plan(packed, window=None)
+    found = store.find_mixedness(packed, planned)
+    assert found.window == planned.window
+    assert found.steady >= 0.9 or planned.window == 6
+    narrower = plan(packed, window=planned.window - 1)
+    assert store.find_mixedness(packed, narrower).steady < 0.9
+    assert plan(packed, window=99).window == 6
+
+
 @pytest.mark.parametrize("exclude", [(), (0,), (7, 1), (2, 2)])
 def test_count_rows(opened, exclude):
     expected = sum(p not in exclude for p in all_rows(opened.spec).position.tolist())
-    assert count_rows(opened, exclude) == expected
+    assert store.count_rows(opened, exclude) == expected
 
 
 def test_tokens_stop_the_stream(packed):
@@ -121,29 +253,38 @@ def test_tokens_stop_the_stream(packed):
     ],
 )
 def test_impossible_streams_are_refused_at_once(packed, options, message):
-    before = threading.active_count()
     with pytest.raises(store.StoreError, match=message):
-        stream_batches(
-            packed, **({"batch_size": 16, "epochs": 1, "seed": 0, "window": 3} | options)
-        )
-    assert threading.active_count() == before
+        plan(packed, **options)
 
 
-def test_each_chunk_is_decoded_once(packed, monkeypatch):
+@pytest.mark.parametrize("first", [-1, 11])
+def test_a_first_batch_beyond_the_plan_is_refused_at_once(packed, first):
+    with pytest.raises(store.StoreError, match=rf"expected a first batch in 0\.\.10, got {first}"):
+        store.stream_batches(packed, plan(packed), first_batch=first)
+
+
+def test_each_chunk_is_read_once(packed, monkeypatch):
     """Four slices of four rows to a chunk: no chunk twice, but where a shard wraps around."""
     reads = []
-    read_slots = store.ActivationStore.read_slots
+    read_stored = store.ActivationStore.read_stored
 
-    def spy(self, shard, start, stop, hook=None):
-        reads.append((shard, start))
-        return read_slots(self, shard, start, stop, hook)
+    def spy(self, shard, path, slots):
+        if path.endswith("acts"):
+            reads.append((shard, int(slots[0])))
+        return read_stored(self, shard, path, slots)
 
-    monkeypatch.setattr(store.ActivationStore, "read_slots", spy)
-    monkeypatch.setattr("store.stream.MIN_SLICE_ROWS", 4)
+    monkeypatch.setattr(store.ActivationStore, "read_stored", spy)
+    monkeypatch.setattr("store.shuffle.MIN_SLICE_ROWS", 4)
     stream(packed, batch_size=12, window=3)
     n_chunks = sum(-(-shard.n_rows // 16) for shard in packed.shards)
     assert n_chunks <= len(reads) <= n_chunks + len(packed.shards)
     assert len(set(reads)) == n_chunks
+
+
+def test_batches_share_no_memory(packed):
+    batches = stream(packed, epochs=3)
+    pointers = {tensor.data_ptr() for batch in batches for tensor in batch}
+    assert len(pointers) == len(batches) * len(batches[0])
 
 
 def prefetching():
@@ -151,13 +292,14 @@ def prefetching():
 
 
 def test_no_thread_is_left_behind(packed):
-    batches = stream_batches(packed, batch_size=4, epochs=9, seed=0, window=2)
+    planned = plan(packed, batch_size=4, epochs=9)
+    batches = store.stream_batches(packed, planned)
     assert not prefetching()  # nothing runs before the first batch is wanted
     next(batches)
     assert prefetching()
     batches.close()
     assert not prefetching()
-    for _ in stream_batches(packed, batch_size=4, epochs=9, seed=0, window=2):
+    for _ in store.stream_batches(packed, planned):
         break
     assert not prefetching()
     stream(packed)
@@ -165,19 +307,17 @@ def test_no_thread_is_left_behind(packed):
 
 
 def test_prefetch_is_bounded(packed, monkeypatch):
-    cut = []
-    original = store.stream._cut_batches
+    made = []
 
-    def spy(pieces, batch_size):
-        for batch in original(pieces, batch_size):
-            cut.append(1)
-            yield batch
+    def spy(*shape):
+        made.append(shape)
+        return torch.zeros(*shape)
 
-    monkeypatch.setattr(store.stream, "_cut_batches", spy)
-    batches = stream_batches(packed, batch_size=4, epochs=9, seed=0, window=2)
+    monkeypatch.setattr("store.stream.torch.empty", spy)
+    batches = store.stream_batches(packed, plan(packed, batch_size=4, epochs=9))
     next(batches)
     time.sleep(0.3)
-    assert len(cut) <= 1 + store.stream.PREFETCHED_BATCHES + 1
+    assert len(made) == 2 * (1 + PREFETCHED_BATCHES + 1)
     batches.close()
 
 
@@ -187,3 +327,37 @@ def test_errors_of_the_thread_reach_the_consumer(tmp_path):
     with pytest.raises(store.ShardMissing):
         stream(opened)
     assert not prefetching()
+
+
+class Announced(store.files.LocalFiles):
+    """A folder that notes which files it is asked for ahead of need, and which are opened."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.asked, self.opened, self.lead = [], [], []
+
+    def prefetch(self, files):
+        self.asked.append([path for path, _ in files])
+
+    def open(self, path, file):
+        if path not in self.opened:
+            assert any(path in files for files in self.asked), path
+            self.opened.append(path)
+            if path.startswith("tokens"):
+                n_opened = sum(name.startswith("tokens") for name in self.opened)
+                self.lead.append(len(self.asked) - n_opened)
+        return super().open(path, file)
+
+
+@pytest.mark.parametrize("first_batch", [0, 5])
+def test_files_are_asked_for_a_few_shards_ahead(packed, first_batch):
+    files = Announced(packed.where)
+    opened = store.open_store(files)
+    planned = plan(opened, window=2)
+    assert len(list(store.stream_batches(opened, planned, first_batch=first_batch))) > 0
+    assert max(files.lead) == SHARDS_AHEAD
+    shards = [paths[0].split("/")[2] for paths in files.asked]
+    assert all(len(paths) == 6 for paths in files.asked)
+    assert len(shards) == len(set(shards))
+    tokens = [path.split("/")[2] for path in files.opened if path.startswith("tokens")]
+    assert tokens == shards

@@ -1,0 +1,236 @@
+"""Many workers, by dask.distributed: processes of this machine, or of a cluster that runs already.
+
+`open_workers` yields a mapper for pipeline.cache.run_cache. A worker proves what it sees
+(pipeline.proof), then loads model and corpus once; so does one that joins later or is started again
+after its death. Nothing here decides what is computed.
+"""
+
+import logging
+import multiprocessing.resource_tracker
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import dask.config
+from dask.system import CPU_COUNT
+from distributed import Client, KilledWorker, LocalCluster, as_completed
+from distributed.scheduler import NoWorkerError
+from distributed.system import MEMORY_LIMIT
+from distributed.utils import LoopRunner, silence_logging_cmgr
+
+from pipeline.cache import Mapper
+from pipeline.cache_plan import CaptureSettings
+from pipeline.config import RunConfig
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.proof import (
+    WorkerFacts,
+    confirm_copy,
+    describe_refused,
+    expect_facts,
+    find_differences,
+    offer_token,
+)
+from pipeline.worker import WorkerSetup, gather_on_worker, plan_share
+from store.layout import ShardSpec
+
+_CONNECT_TIMEOUT_S = 10  # for a scheduler to answer, and for its first worker
+_CLOSE_TIMEOUT_S = 10
+_NO_WORKERS_S = 300  # without any worker of this machine; each is started again when it dies
+
+
+@contextmanager
+def open_workers(
+    run: RunConfig, settings: CaptureSettings, *, debug: bool = False
+) -> Iterator[Mapper]:
+    """A mapper over `run.workers` processes here, or over the cluster at `run.scheduler`.
+
+    On leaving with an error or Ctrl-C, processes of this machine are killed at once; tasks of a
+    cluster are withdrawn, and those in hand end by themselves, which harms nothing. Raises
+    ConfigError if no scheduler answers, PipelineError if it has no workers or if any of them sees
+    other packages, another model, corpus or work folder.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(silence_logging_cmgr(logging.WARNING if debug else logging.CRITICAL))
+        token = stack.enter_context(offer_token(settings.work))
+        if run.scheduler is None:
+            client = stack.enter_context(_start_cluster(run, debug=debug))
+        else:
+            client = stack.enter_context(_connect(run.scheduler))
+        setup = _prove(client, run, settings, token)
+        client.register_plugin(setup)
+        if run.scheduler is not None:
+            stack.callback(client.unregister_worker_plugin, setup.name)
+        yield _Tasks(client, settings.work).map
+
+
+class _Tasks:
+    """One task per shard on a client's workers."""
+
+    def __init__(self, client: Client, work: Path) -> None:
+        self._client, self._work = client, work
+
+    def map(
+        self, function: Callable[[ShardSpec], int], shards: Iterable[ShardSpec]
+    ) -> Iterator[int]:
+        """Results as they come. An error of a task ends all; a dead worker's shards are tried
+        again, and one that keeps killing workers is reported when all others are done.
+        """
+        deadly = yield from self._run(function, list(shards))
+        if len(deadly) > 1:  # dask blames every shard that a dead worker had been given
+            alone = deadly
+            deadly = []
+            for shard in alone:
+                deadly += yield from self._run(function, [shard])
+        if deadly:
+            indices = ", ".join(str(shard.index) for shard in deadly)
+            raise PipelineError(
+                f"shard {indices} in {self._work}: expected a worker that survives it, got none in "
+                "every try that run.retries allows. The other shards are kept: run the same "
+                "command again, with fewer --workers or more run.worker_memory_gb if memory was "
+                "short."
+            )
+
+    def _run(
+        self, function: Callable[[ShardSpec], int], shards: list[ShardSpec]
+    ) -> Generator[int, None, list[ShardSpec]]:
+        """Yields results; returns the shards whose workers died too often."""
+        # A scheduler knows tasks by their keys, those of other runs too.
+        keys = {f"shard-{shard.index:05d}-{uuid.uuid4().hex}": shard for shard in shards}
+        futures = set(self._client.map(function, list(keys.values()), key=list(keys), pure=False))
+        deadly = []
+        try:
+            for future in as_completed(futures):
+                try:
+                    n_rows = future.result()
+                except KilledWorker:
+                    deadly.append(keys[future.key])
+                except NoWorkerError as error:
+                    raise PipelineError(
+                        f"workers of {self._work}: expected at least one, got none for "
+                        f"{error.timeout:.0f} s. Run the same command again: committed shards are "
+                        "kept."
+                    ) from None
+                else:
+                    yield n_rows
+                finally:  # else dask computes it again if the worker that keeps the result dies
+                    futures.discard(future)
+                    future.release()
+        finally:
+            for future in futures:
+                future.release()
+        return deadly
+
+
+def _prove(client: Client, run: RunConfig, settings: CaptureSettings, token: Path) -> WorkerSetup:
+    """Let every worker prove what it sees; raises PipelineError with all that differs."""
+    where = run.scheduler or "this machine"
+    expected = expect_facts(settings)
+    answers: Any = client.run(gather_on_worker, settings, token, on_error="return")
+    if not answers:
+        raise PipelineError(
+            f"workers at {where}: expected at least one, got none. Start some with "
+            f"`dask worker {where} --nthreads 1`, then run `pipeline cache` again."
+        )
+    proven, refused = {}, {}
+    for address, answer in answers.items():
+        if not isinstance(answer, WorkerFacts):
+            refused[address] = [f"{type(answer).__name__}: {answer}"]
+            continue
+        facts = confirm_copy(token, answer)
+        proven[address] = facts
+        if different := find_differences(expected, facts):
+            refused[f"{address} on {facts.host}"] = different
+    if refused:
+        raise PipelineError(describe_refused(where, len(answers), refused))
+    return WorkerSetup(run, settings, token, proven)
+
+
+@contextmanager
+def _start_cluster(run: RunConfig, *, debug: bool) -> Iterator[Client]:
+    share = plan_share(run, run.workers, n_cores=CPU_COUNT, memory_bytes=MEMORY_LIMIT)
+    settings: dict[str, Any] = {
+        "distributed.scheduler.allowed-failures": run.retries,
+        "distributed.scheduler.worker-saturation": 1.0,  # blame only the shard in hand
+        "distributed.scheduler.no-workers-timeout": f"{_NO_WORKERS_S}s",
+        "distributed.worker.memory.target": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": False,
+    }
+    loop = _start_loop()
+    try:
+        with dask.config.set(settings):
+            cluster = LocalCluster(
+                n_workers=run.workers,
+                threads_per_worker=1,
+                memory_limit=share.memory_bytes,
+                dashboard_address=None,  # pyright: ignore[reportArgumentType]
+                silence_logs=logging.WARNING if debug else logging.CRITICAL,
+                loop=loop.loop,
+            )
+        client = Client(cluster)
+        try:
+            yield client
+        except BaseException:
+            _kill_workers(cluster)
+            raise
+        finally:
+            client.close(timeout=_CLOSE_TIMEOUT_S)
+            cluster.close(timeout=_CLOSE_TIMEOUT_S)
+    finally:
+        loop.stop()
+
+
+def _start_loop() -> LoopRunner:
+    """Dask's event loop, in a thread that does not take SIGINT; nor do processes started from it.
+
+    Ctrl-C goes to the whole process group. It is this process's: a worker would print a traceback,
+    and while it still imports its libraries only an inherited mask can keep it from that.
+    """
+    _start_resource_tracker()
+    loop = LoopRunner()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        loop.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return loop
+
+
+def _start_resource_tracker() -> None:
+    """Multiprocessing's helper, which would lift the mask of the thread that starts it.
+
+    Without a word for the user if this process is ended at once: it cleans up all the same.
+    """
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # inherited by what it starts
+    try:
+        multiprocessing.resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.pop()
+
+
+def _kill_workers(cluster: LocalCluster) -> None:
+    """A worker asked to close would finish its shard first."""
+    for nanny in cluster.workers.values():
+        nanny.close_gracefully(reason="gsae-stopped")  # it starts no other
+        if nanny.pid:
+            os.kill(nanny.pid, signal.SIGKILL)
+
+
+@contextmanager
+def _connect(scheduler: str) -> Iterator[Client]:
+    try:
+        client = Client(scheduler, timeout=_CONNECT_TIMEOUT_S)
+    except (OSError, ValueError) as error:  # TimeoutError is an OSError
+        raise ConfigError(
+            f"run.scheduler at {scheduler}: expected a running dask scheduler such as "
+            f"tcp://host:8786, got {type(error).__name__}. Start one with `dask scheduler`."
+        ) from None
+    with client:
+        with suppress(TimeoutError):
+            client.wait_for_workers(1, timeout=_CONNECT_TIMEOUT_S)
+        yield client

@@ -1,0 +1,493 @@
+"""Stores behind URLs: the same rows as at home, or an error that says what to do and no secret."""
+
+import importlib
+import itertools
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import store
+from store.download import Retry, classify
+from store.files import LocalFiles, StoreFiles
+from store.pull import Pulled, plan_pull, pull_store
+from store.reader import list_files
+from store.remote import RemoteFiles, open_remote, strip_url
+from store.shard_cache import ShardCache
+from tests.remotes import HANG_S, LOOPBACK, serve_http, serve_s3, serve_ssh, upload
+from tests.store.small_store import (
+    all_rows,
+    assert_rows_equal,
+    make_spec,
+    select_rows,
+    write_store,
+)
+
+HOOKS = ("blocks.2.hook_resid_post", "blocks.7.hook_resid_post")
+ACTS = f"{HOOKS[1]}/acts/c/0/0"
+FAST = Retry(attempts=3, first_s=0.0)
+SECRET = "s3cr3t-signature"
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return make_spec(hooks=HOOKS)
+
+
+@pytest.fixture(scope="module")
+def folder(spec, tmp_path_factory):
+    """A folder with a store called `small`."""
+    root = tmp_path_factory.mktemp("published")
+    write_store(root / "small", spec)
+    return root
+
+
+@pytest.fixture
+def server(folder):
+    with serve_http(folder) as server:
+        yield server
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return ShardCache(tmp_path / "cache", 10**6)
+
+
+def open_url(url: str, cache: ShardCache, retry: Retry = FAST) -> store.ActivationStore:
+    return store.open_store(open_remote(url, cache=cache, retry=retry))
+
+
+def read_all(opened: store.ActivationStore, spec: store.StoreSpec) -> None:
+    """Every row of a hook is the one that was written."""
+    for shard in spec.layout.shards:
+        rows = opened.read_shard(shard.index, HOOKS[1])
+        everything = all_rows(spec, HOOKS[1])
+        here = (everything.block >= shard.first_block) & (
+            everything.block < shard.first_block + shard.n_blocks
+        )
+        assert_rows_equal(rows, select_rows(everything, here))
+
+
+def test_http_gives_the_rows_and_fetches_each_file_once(server, cache, spec):
+    opened = open_url(f"{server.url}/small/", cache)
+    assert isinstance(opened.files, StoreFiles)
+    assert opened.where == f"{server.url}/small"
+    assert not any("/c/" in path for path in server.counts)  # opening asks for metadata alone
+    for _ in range(2):
+        read_all(opened, spec)
+    read_all(open_url(f"{server.url}/small", cache), spec)
+    shard_files = {path: n for path, n in server.counts.items() if "/c/" in path}
+    assert set(shard_files.values()) == {1}
+    assert not any(HOOKS[0] in path for path in shard_files)
+
+
+def test_s3_gives_the_rows_and_tells_missing_from_denied(
+    folder, cache, spec, monkeypatch, tmp_path
+):
+    with serve_s3("team", monkeypatch):
+        upload(folder / "small", "team", "stores/small")
+        read_all(open_url("s3://team/stores/small", cache), spec)
+        for url in ("s3://team/stores/other", "s3://nobody/stores/small"):
+            with pytest.raises(store.StoreNotFound, match=url):
+                open_url(url, cache)
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        with pytest.raises(store.AccessDenied, match=r"NoCredentials.*AWS_PROFILE"):
+            open_url("s3://team/stores/small", cache)
+
+
+@pytest.fixture
+def s3_server(server, monkeypatch):
+    """The misbehaving server as an S3 endpoint with a bucket `small`."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": server.url,
+        "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_SESSION_TOKEN": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    return server
+
+
+@pytest.mark.parametrize("fault", [503, "reset", "short", "wrong"])
+def test_a_passing_fault_of_s3_is_survived(s3_server, cache, spec, fault):
+    s3_server.faults[f"small/{ACTS}"] = iter([fault, fault])
+    read_all(open_url("s3://small", cache), spec)
+    assert s3_server.counts[f"small/{ACTS}"] == 3  # no library retries beside ours
+
+
+@pytest.mark.parametrize("fault", ["ExpiredToken", "InvalidToken", 403])
+def test_expired_s3_credentials_are_named_at_once(s3_server, cache, fault):
+    opened = open_url("s3://small", cache)
+    s3_server.faults[f"small/{ACTS}"] = itertools.repeat(fault)
+    with pytest.raises(store.AccessDenied, match=r"small.*AWS_PROFILE.*expired") as raised:
+        opened.read_slots(0, 0, 4, HOOKS[1])
+    assert SECRET not in str(raised.value)
+    assert s3_server.counts[f"small/{ACTS}"] == 1
+
+
+def test_ssh_gives_the_rows_from_known_hosts_alone(folder, cache, spec, monkeypatch, tmp_path):
+    with serve_ssh(tmp_path / "home", monkeypatch) as port:
+        url = f"ssh://{os.environ.get('USER', 'root')}@{LOOPBACK}:{port}{folder}/small"
+        opened = open_url(url, cache)
+        assert opened.where == f"ssh://{LOOPBACK}:{port}{folder}/small"
+        read_all(opened, spec)
+        with pytest.raises(store.StoreNotFound):
+            open_url(url + "er", cache)
+        (tmp_path / "home/.ssh/known_hosts").write_text("")
+        with pytest.raises(store.AccessDenied, match=r"HostKeyNotVerifiable.*known_hosts"):
+            open_url(url, cache)
+
+
+def test_file_urls_are_folders(folder):
+    files = open_remote(f"file://{folder}/small")
+    assert isinstance(files, LocalFiles)
+    assert store.open_store(files).n_rows
+
+
+@pytest.mark.parametrize("fault", [503, 500, 429, "reset", "short", "long", "wrong", "trickle"])
+def test_a_passing_fault_of_a_shard_is_survived(server, cache, spec, fault):
+    server.faults[f"small/{ACTS}"] = iter([fault, fault])
+    read_all(open_url(f"{server.url}/small", cache), spec)
+    assert server.counts[f"small/{ACTS}"] == (1 if fault == "trickle" else 3)
+
+
+@pytest.mark.parametrize("fault", [503, "reset"])
+def test_a_passing_fault_of_the_manifest_is_survived(server, cache, spec, fault):
+    server.faults["small/manifest.json"] = iter([fault, fault])
+    read_all(open_url(f"{server.url}/small", cache), spec)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message", "requests"),
+    [
+        (404, store.ShardMissing, "expected a file, got none", 1),
+        (401, store.AccessDenied, "HTTP 401.*netrc", 1),
+        (403, store.AccessDenied, "HTTP 403.*netrc", 1),
+        (503, store.StoreUnreachable, "within 3 attempts, got .*HTTP 503.*again", 3),
+        ("reset", store.StoreUnreachable, "ClientPayloadError", 3),
+        ("short", store.ShardCorrupt, "bytes, got.*so 3 times", 3),
+        ("long", store.ShardCorrupt, "bytes, got.*so 3 times", 3),
+        ("wrong", store.ShardCorrupt, "expected sha256.*so 3 times", 3),
+    ],
+)
+def test_a_lasting_fault_is_named_and_nothing_is_cached(
+    server, cache, fault, error, message, requests
+):
+    opened = open_url(f"{server.url}/small", cache)
+    server.faults[f"small/{ACTS}"] = itertools.repeat(fault)
+    with pytest.raises(error, match=message) as raised:
+        opened.read_slots(0, 0, 4, HOOKS[1])
+    assert ACTS in str(raised.value)
+    assert server.counts[f"small/{ACTS}"] == requests
+    sha256 = opened.manifest.shards[0].files[f"{HOOKS[1]}/acts"].sha256
+    assert not list(cache.root.rglob(f"{sha256}*[!k]"))  # but for its lock
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (404, store.StoreNotFound),
+        (403, store.AccessDenied),
+        (503, store.StoreUnreachable),
+        ("short", store.ManifestError),
+        ("wrong", store.ManifestError),
+    ],
+)
+def test_a_lasting_fault_of_the_manifest_is_named(server, cache, fault, error):
+    server.faults["small/manifest.json"] = itertools.repeat(fault)
+    with pytest.raises(error, match=r"small"):
+        open_url(f"{server.url}/small", cache)
+
+
+def test_no_server_is_unreachable(cache):
+    with serve_http(cache.root) as server:
+        url = server.url
+    with pytest.raises(store.StoreUnreachable, match="ClientConnectorError"):
+        open_url(f"{url}/small", cache)
+
+
+def test_a_silent_server_is_given_up(server, cache, monkeypatch):
+    monkeypatch.setattr("store.backends.SILENCE_S", 0.005)  # less than the trickle's pauses
+    server.faults["small/zarr.json"] = itertools.repeat("trickle")
+    with pytest.raises(store.StoreUnreachable, match="TimeoutError"):
+        open_url(f"{server.url}/small", cache)
+
+
+def test_waiting_doubles_up_to_a_cap(server, cache):
+    waits: list[float] = []
+    server.faults["small/manifest.json"] = itertools.repeat(503)
+    retry = Retry(attempts=5, first_s=0.25, cap_s=1.0, sleep=waits.append)
+    with pytest.raises(store.StoreUnreachable):
+        open_url(f"{server.url}/small", cache, retry)
+    assert waits == [0.25, 0.5, 1.0, 1.0]
+
+
+def test_a_damaged_cached_copy_is_dropped_and_fetched_anew(server, cache, spec):
+    opened = open_url(f"{server.url}/small", cache)
+    read_all(opened, spec)
+    sha256 = opened.manifest.shards[0].files[f"{HOOKS[1]}/acts"].sha256
+    copy = cache.root / sha256[:2] / sha256
+    content = bytearray(copy.read_bytes())
+    content[3] ^= 1
+    copy.write_bytes(content)
+    with pytest.raises(store.ShardCorrupt, match="copy in the shard cache, now removed"):
+        opened.read_slots(0, 0, 4, HOOKS[1])
+    read_all(opened, spec)
+    copy.write_bytes(content[:-1])
+    read_all(opened, spec)
+
+
+def test_a_signature_goes_with_each_request_and_nowhere_else(server, cache, spec, caplog):
+    server.query = f"sig={SECRET}%2Bx&expires=9"
+    url = f"{server.url}/small?{server.query}"
+    with caplog.at_level(logging.INFO):
+        opened = open_url(url, cache)
+        read_all(opened, spec)
+        server.query = "sig=renewed"
+        with pytest.raises(store.AccessDenied, match="HTTP 403") as raised:
+            open_url(url, cache)
+    assert opened.where == f"{server.url}/small"
+    assert raised.value.__suppress_context__
+    for text in (str(raised.value), caplog.text, opened.files.locate("x"), repr(opened)):
+        assert SECRET not in text
+
+
+def test_a_password_in_the_url_is_sent_and_never_shown(server, cache, spec):
+    server.authorization = "Basic dXNlcjpzM2NyM3Qtc2lnbmF0dXJl"  # user, SECRET
+    url = server.url.replace("//", f"//user:{SECRET}@")
+    opened = open_url(f"{url}/small", cache)
+    read_all(opened, spec)
+    assert opened.where == f"{server.url}/small"
+    with pytest.raises(store.AccessDenied) as raised:
+        open_url(f"{server.url}/small", cache)
+    assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("ftp://user:s3cr3t@host/store", "ftp://host/store: expected s3://"),
+        ("https:///store", "got another kind of URL"),
+        ("https://[host/store?s3cr3t", "cannot be parsed"),
+        ("http://host:s3cr3t/store", "cannot be parsed"),
+        ("s3://key:s3cr3t@bucket/store", "s3://bucket/store: expected s3://bucket/folder"),
+        ("dvc+https://user:s3cr3t@host/repo", "expected dvc+<git"),
+    ],
+)
+def test_a_url_that_is_none_is_refused_without_its_secrets(url, message):
+    with pytest.raises(store.StoreError, match=message.replace("+", r"\+")) as raised:
+        open_remote(url)
+    assert "s3cr3t" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "where"),
+    [
+        ("https://u:p@host:8443/a/b/?x=1#y", "https://host:8443/a/b"),
+        ("s3://bucket/a/", "s3://bucket/a"),
+        ("ssh://me@host:22/a", "ssh://host:22/a"),
+    ],
+)
+def test_what_is_shown_of_a_url(url, where):
+    assert strip_url(url) == where
+
+
+@pytest.mark.parametrize(
+    ("url", "where"),
+    [
+        ("dvc+https://u:p@host/repo@v1:stores/a/", "dvc+https://host/repo@v1:stores/a"),
+        ("dvc+git@host:team/repo@v1.0/x:stores/a", "dvc+git@host:team/repo@v1.0/x:stores/a"),
+        ("dvc+/srv/repo@main:stores/a", "dvc+/srv/repo@main:stores/a"),
+    ],
+)
+def test_a_dvc_url_is_a_repository_a_revision_and_a_folder(url, where, cache):
+    assert open_remote(url, cache=cache).where == where
+
+
+def test_a_library_that_is_not_there_is_named_with_the_command(cache, monkeypatch):
+    real = importlib.import_module
+
+    def import_module(name: str):
+        if name == "s3fs":
+            raise ImportError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    with pytest.raises(store.StoreError, match=r"pip install 'gsae-pipeline\[s3\]'"):
+        open_url("s3://bucket/store", cache)
+
+
+def test_a_refusal_is_never_taken_for_a_missing_file():
+    missing, denied = FileNotFoundError("x"), PermissionError("x")
+    assert classify(missing) == "missing"
+    assert classify(denied) == "denied"
+    missing.__cause__ = denied
+    assert classify(missing) == "denied"
+    assert classify(OSError("x")) == "transient"
+
+
+def list_shard(opened: store.ActivationStore, shard: int) -> list:
+    files = list_files(opened, HOOKS[1])
+    return [(file.path, file.record) for file in files if file.shard == shard]
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def count_shard_files(server) -> int:
+    return sum("/c/" in path for path in server.counts)
+
+
+def test_prefetching_brings_files_before_they_are_opened(server, cache, spec):
+    opened = open_url(f"{server.url}/small", cache)
+    wanted = list_shard(opened, 0)
+    opened.files.prefetch(wanted)
+    wait_until(lambda: len(list(cache.root.glob("??/*"))) == len(wanted))
+    read_all(opened, spec)
+    assert max(server.counts.values()) == 1
+
+
+def test_prefetching_stops_at_half_the_cache_until_files_are_opened(server, tmp_path, spec):
+    files = open_remote(f"{server.url}/small", retry=FAST)
+    assert isinstance(files, RemoteFiles)
+    opened = store.open_store(files)
+    wanted = list_shard(opened, 0) + list_shard(opened, 1)
+    first = sum(record.bytes for _, record in wanted[:3])
+    files.cache = ShardCache(tmp_path / "cache", 2 * first)
+    files.prefetch(wanted)
+    wait_until(lambda: len(list(files.cache.root.glob("??/*"))) >= 3)
+    time.sleep(0.1)
+    assert count_shard_files(server) == 3
+    with files.open(*wanted[0]):
+        pass
+    wait_until(lambda: count_shard_files(server) == 4)
+    files.cache = ShardCache(tmp_path / "cache", 10**6)
+    read_all(opened, spec)
+
+
+def test_what_goes_wrong_in_the_background_is_raised_by_opening(server, cache):
+    opened = open_url(f"{server.url}/small", cache)
+    server.faults[f"small/{ACTS}"] = itertools.repeat(403)
+    opened.files.prefetch(list_shard(opened, 0))
+    wait_until(lambda: count_shard_files(server) == 6)
+    with pytest.raises(store.AccessDenied):
+        opened.read_slots(0, 0, 4, HOOKS[1])
+
+
+def test_a_program_ends_while_files_are_prefetched(server, tmp_path):
+    """The server hangs for much longer than that may take."""
+    code = (
+        "import sys, store, time; from store.reader import list_files; "
+        "opened = store.open_store(sys.argv[1]); "
+        "opened.files.prefetch([(f.path, f.record) for f in list_files(opened)]); time.sleep(0.3)"
+    )
+    opened = store.open_store(f"{server.url}/small")
+    for file in list_files(opened):
+        server.faults[f"small/{file.path}"] = itertools.repeat("hang")
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"{server.url}/small"],
+        env=os.environ | {"GSAE_SHARD_CACHE": str(tmp_path / "cache")},
+        cwd=Path(store.__file__).parents[1],
+        capture_output=True, text=True, check=False, timeout=HANG_S,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list((tmp_path / "cache/partial").iterdir())
+    assert not list((tmp_path / "cache").glob("??/*"))
+
+
+def test_eviction_while_reading_never_yields_other_rows(server, tmp_path, spec):
+    """The cache holds two files, a read of a shard takes six."""
+    files = open_remote(f"{server.url}/small", retry=FAST)
+    assert isinstance(files, RemoteFiles)
+    opened = store.open_store(files)
+    largest = max(record.bytes for _, record in list_shard(opened, 0))
+    files.cache = ShardCache(tmp_path / "tiny", 2 * largest)
+    files.prefetch(list_shard(opened, 0))
+    read_all(opened, spec)
+    held = sum(path.stat().st_size for path in files.cache.root.glob("??/*"))
+    assert held <= 2 * largest
+
+
+def pull(url: str, out, **part) -> Pulled:
+    source = open_remote(url, retry=FAST)
+    return pull_store(source, out, plan_pull(source, **part))
+
+
+def test_a_pulled_store_is_the_store(server, folder, tmp_path):
+    pulled = pull(f"{server.url}/small", tmp_path / "copy")
+    assert pulled.kept == 0
+    for path in (folder / "small").rglob("*"):
+        if path.is_file():
+            copied = tmp_path / "copy" / path.relative_to(folder / "small")
+            assert copied.read_bytes() == path.read_bytes()
+    store.open_store(tmp_path / "copy").verify()
+    assert not (tmp_path / ".copy.pull").exists()
+
+
+def test_shards_of_one_layer_are_a_partial_store_that_can_grow(server, tmp_path, spec):
+    url, out = f"{server.url}/small", tmp_path / "copy"
+    first = pull(url, out, shards=(0, 2), layer=7)
+    assert first.files == 2 * 6
+    assert not any(HOOKS[0] in path for path in server.counts if "/c/" in path)
+    opened = store.open_store(out, hook=HOOKS[1], allow_partial=True)
+    assert opened.present == (0, 1)
+    with pytest.raises(store.ShardMissing):
+        store.open_store(out, hook=HOOKS[1])
+    more = pull(url, out, shards=(0, 3), hook=HOOKS[1])
+    assert (more.files, more.kept) == (6, 12)
+    read = store.open_store(out, hook=HOOKS[1], allow_partial=True).read_shard(2, HOOKS[1])
+    assert len(read.block) == spec.layout.shards[2].n_rows
+
+
+def test_an_interrupted_pull_goes_on_and_a_damaged_file_is_replaced(server, tmp_path):
+    url, out = f"{server.url}/small", tmp_path / "copy"
+    server.faults[f"small/{ACTS}"] = itertools.repeat("wrong")
+    with pytest.raises(store.ShardCorrupt, match="sha256"):
+        pull(url, out)
+    assert not (out / ACTS).exists()
+    assert not (out / "manifest.json").exists()
+    server.faults.clear()
+    there = [path for path in out.rglob("c/*") if path.is_file()]
+    there[0].write_bytes(b"x" * there[0].stat().st_size)
+    pulled = pull(url, out)
+    assert pulled.kept >= len(there) - 1 > 0
+    store.open_store(out).verify()
+
+
+def test_a_pull_never_mixes_stores(server, tmp_path):
+    write_store(tmp_path / "other", make_spec(hooks=HOOKS, weights="w1"))
+    for name, content in (("other", None), ("notes", "mine")):
+        out = tmp_path / name
+        if content:
+            out.mkdir()
+            (out / "notes.txt").write_text(content)
+        before = sorted(out.rglob("*"))
+        with pytest.raises(store.StoreMismatch, match="Choose another --out"):
+            pull(f"{server.url}/small", out)
+        assert sorted(out.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"shards": (0, 99)}, r"expected a range in 0:\d+, got 0:99"),
+        ({"shards": (2, 2)}, "got 2:2"),
+        ({"layer": 3}, "expected one of"),
+        ({"hook": "blocks.7"}, "expected one of"),
+    ],
+)
+def test_a_part_that_is_not_there_is_refused(folder, part, message):
+    with pytest.raises(store.StoreError, match=message):
+        plan_pull(LocalFiles(folder / "small"), **part)
