@@ -7,6 +7,7 @@
 Writing is prepare_work, write_shard for each shard, publish. docs/format.md is the format.
 """
 
+from store.blocks import BlockBatch, stream_blocks
 from store.errors import (
     AccessDenied,
     DiskFull,
@@ -49,6 +50,7 @@ __all__ = [
     "AccessDenied",
     "ActivationStore",
     "Batch",
+    "BlockBatch",
     "DiskFull",
     "Manifest",
     "ManifestError",
@@ -85,6 +87,7 @@ __all__ = [
     "required_bytes",
     "resume_batch",
     "stream_batches",
+    "stream_blocks",
     "stream_memory_bytes",
     "sweep",
     "sweep_aside",

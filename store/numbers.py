@@ -168,10 +168,7 @@ def decode_numbers(
 
     The numbers must be writable; without `out` the result may share their memory.
     """
-    if number_format.name == "bfloat16":  # numpy has no bfloat16
-        values = torch.from_numpy(stored.numbers.view(np.int16)).view(torch.bfloat16)
-    else:
-        values = torch.from_numpy(stored.numbers)
+    values = view_numbers(stored.numbers, number_format)
     if number_format.scaled:
         assert stored.row_scale is not None
         assert stored.channel_scale is not None
@@ -182,6 +179,13 @@ def decode_numbers(
     if out is not None:
         return out.copy_(values)
     return values.float() if number_format.memory.is_floating_point else values
+
+
+def view_numbers(numbers: np.ndarray, number_format: NumberFormat) -> Tensor:
+    """The numbers, which must be writable, as a tensor on the same memory; int8 unscaled."""
+    if number_format.name == "bfloat16":  # numpy has no bfloat16
+        return torch.from_numpy(numbers.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(numbers)
 
 
 def check_numbers(

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from store.errors import ShardCorrupt, ShardMissing, StoreError, StoreNotFound
+from store.errors import ManifestError, ShardCorrupt, ShardMissing, StoreError, StoreNotFound
 from store.files import LocalFiles, StoreFiles
 from store.layout import ShardSpec, permute_rows
 from store.manifest import (
@@ -337,6 +337,10 @@ def read_manifest(files: StoreFiles) -> Manifest:
     """Read and check a store's manifest. Raises StoreNotFound if there is none, ManifestError."""
     try:
         content = files.read_bytes(MANIFEST_NAME)
+    except IsADirectoryError:
+        raise ManifestError(
+            f"manifest at {files.locate(MANIFEST_NAME)}: expected a file, got a folder. {MEND}"
+        ) from None
     except (FileNotFoundError, NotADirectoryError):
         local = isinstance(files, LocalFiles)
         advice = (

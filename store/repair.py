@@ -93,6 +93,7 @@ def repair(
         sweep(work)
         if restored:
             content = [encode_manifest(manifest)]
+            _remove(path / MANIFEST_NAME)
             write_durably(path / MANIFEST_NAME, content, scratch=work / "scratch", kind="manifest")
             damage = verify_full(files, on_progress)
         metadata = tuple(file.path for file in damage if file.shard is None)

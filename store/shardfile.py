@@ -25,7 +25,7 @@ MEND = (
     "Run `pipeline store repair` on that store: it takes good copies from where there are some "
     "(--from URL) and leaves the rest to `pipeline cache`."
 )
-_CRC_BYTES = 4
+CHECKSUM_BYTES = 4
 _ABSENT = 2**64 - 1
 
 
@@ -56,7 +56,7 @@ class ShardFormat(NamedTuple):
         """Size of the file; without the lengths of its compressed chunks, as if uncompressed."""
         chunks = sum(chunk_bytes) if chunk_bytes else self.count_chunks(n_rows) * self.chunk_bytes
         n_checksums = self.count_chunks(n_rows) + 1
-        return chunks + self.chunks_per_shard * 16 + n_checksums * _CRC_BYTES
+        return chunks + self.chunks_per_shard * 16 + n_checksums * CHECKSUM_BYTES
 
 
 class EncodedShard(NamedTuple):
@@ -80,7 +80,7 @@ def encode_shard(rows: np.ndarray, shard_format: ShardFormat) -> EncodedShard:
             content = compress(chunk, shard_format.compression)
             lengths.append(len(content))
         checksum = google_crc32c.value(content)  # type: ignore[arg-type]  # takes any contiguous buffer
-        pieces += [memoryview(content), checksum.to_bytes(_CRC_BYTES, "little")]  # type: ignore[arg-type]
+        pieces += [memoryview(content), checksum.to_bytes(CHECKSUM_BYTES, "little")]  # type: ignore[arg-type]
         checksums.append(checksum)
     index = encode_index(len(rows), shard_format, lengths)
     return EncodedShard((*pieces, index), tuple(checksums), tuple(lengths))
@@ -93,11 +93,11 @@ def encode_index(n_rows: int, shard_format: ShardFormat, chunk_bytes: Sequence[i
     lengths = np.full(n_chunks, shard_format.chunk_bytes, np.uint64)
     if chunk_bytes:
         lengths[:] = chunk_bytes
-    lengths += np.uint64(_CRC_BYTES)
+    lengths += np.uint64(CHECKSUM_BYTES)
     index[:n_chunks, 0] = np.cumsum(lengths) - lengths
     index[:n_chunks, 1] = lengths
     content = index.tobytes()
-    return content + google_crc32c.value(content).to_bytes(_CRC_BYTES, "little")
+    return content + google_crc32c.value(content).to_bytes(CHECKSUM_BYTES, "little")
 
 
 def check_shard(
@@ -138,8 +138,8 @@ def read_chunk(
     the manifest's, and hold as many numbers as a chunk has.
     """
     length = chunk_bytes[chunk] if chunk_bytes else shard_format.chunk_bytes
-    start = (sum(chunk_bytes[:chunk]) if chunk_bytes else chunk * length) + chunk * _CRC_BYTES
-    needed = length + _CRC_BYTES
+    start = (sum(chunk_bytes[:chunk]) if chunk_bytes else chunk * length) + chunk * CHECKSUM_BYTES
+    needed = length + CHECKSUM_BYTES
     if memory is None or len(memory) < needed:
         memory = np.empty(needed, np.uint8)  # writable, so that torch takes it as it is
     buffer = memory[:needed]

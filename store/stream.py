@@ -4,8 +4,8 @@ import itertools
 import queue
 import sys
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from typing import NamedTuple, TypeVar
 
@@ -15,16 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from store.errors import StoreError
-from store.manifest import locate_scales
-from store.numbers import Stored, decode_numbers
-from store.reader import COLUMNS, ActivationStore, list_files
+from store.lanes import ArrayReader, OpenShard, Run
+from store.reader import ActivationStore, list_files
 from store.shuffle import Slice, plan_batches
-from store.stream_plan import BATCHES_ALIVE, PREFETCHED_BATCHES, StreamPlan, count_rows, plan_stream
-
-__all__ = ["Batch", "count_rows", "plan_stream", "read_ahead", "stream_batches"]
+from store.stream_plan import BATCHES_ALIVE, PREFETCHED_BATCHES, StreamPlan
 
 SHARDS_AHEAD = 2  # that a remote is asked for before they are opened
-MIN_RUN_ROWS = 16  # rows decoded one after another, on average; with fewer they are copied first
 _THREAD = "store-prefetch"
 
 T = TypeVar("T")
@@ -101,33 +97,47 @@ def _read_batches(
     batches: Iterator[list[Slice]],
     coming: Iterator[None],
 ) -> Generator[Batch, None, None]:
-    """Read activations here and gradients on a second thread, which takes as long."""
-    arrays = [_ArrayReader(store, f"{plan.hook}/{name}") for name in ("acts", "grads")]
-    lanes: dict[int, _OpenShard] = {}
+    """Plan one batch here, while one thread reads the last one's acts and another its grads."""
+    arrays = [ArrayReader(store, f"{plan.hook}/{name}", plan.window) for name in ("acts", "grads")]
     memories = [_BatchMemory(store.d_model) for _ in arrays]
+    lanes: dict[int, OpenShard] = {}
     for _ in itertools.islice(coming, SHARDS_AHEAD):
         pass
-    with ExitStack() as closing_all:
+    with ExitStack() as opened_here:
         for array in arrays:
-            closing_all.callback(array.close)
-        second = closing_all.enter_context(ThreadPoolExecutor(1, thread_name_prefix=_THREAD))
+            opened_here.callback(array.close)
+        threads = [
+            opened_here.enter_context(ThreadPoolExecutor(1, thread_name_prefix=_THREAD))
+            for _ in arrays
+        ]
+        reading: list[Future[Tensor]] = []
+        columns: list[np.ndarray] = []
         for pieces in batches:
-            runs: list[_Run] = []
+            runs: list[Run] = []
             parts = []
             for lane, index, start, stop in pieces:
                 opened = lanes.get(lane)
                 if opened is None or opened.shard != plan.shards[index]:
                     lanes.pop(lane, None)  # before the next takes its room
                     next(coming, None)
-                    opened = lanes[lane] = _OpenShard(store, plan, plan.shards[index])
+                    opened = lanes[lane] = OpenShard(store, plan, plan.shards[index])
                 runs += opened.list_runs(lane, start, stop)
                 parts.append([column[start:stop] for column in opened.columns])
+            if reading:
+                yield _gather(reading, columns)
             columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-            acts, grads = (memory.take(len(columns[0])) for memory in memories)
-            reading = second.submit(arrays[1].fill, grads, runs)
-            arrays[0].fill(acts, runs)
-            reading.result()
-            yield Batch(acts, grads, *map(torch.from_numpy, columns))
+            reading = [
+                thread.submit(array.fill, memory.take(len(columns[0])), runs)
+                for thread, array, memory in zip(threads, arrays, memories, strict=True)
+            ]
+        if reading:
+            yield _gather(reading, columns)
+
+
+def _gather(reading: list[Future[Tensor]], columns: list[np.ndarray]) -> Batch:
+    acts, grads = (future.result() for future in reading)
+    reading.clear()  # so that the consumer alone holds the tensors
+    return Batch(acts, grads, *map(torch.from_numpy, columns))
 
 
 class _BatchMemory:
@@ -152,118 +162,6 @@ class _BatchMemory:
         if len(self._arrays) < BATCHES_ALIVE:
             self._arrays.append(array)
         return torch.from_numpy(array)
-
-
-class _Run(NamedTuple):
-    """Rows of one chunk that a batch takes one after another."""
-
-    lane: int
-    shard: int
-    chunk: int
-    rows: slice | np.ndarray  # of the chunk
-
-
-class _OpenShard:
-    """A shard that a lane reads: its columns whole, without excluded positions."""
-
-    def __init__(self, store: ActivationStore, plan: StreamPlan, shard: int) -> None:
-        self.shard = shard
-        self.columns = [store.read_column(shard, name).numpy() for name in COLUMNS]
-        position = self.columns[COLUMNS.index("position")]
-        kept = np.isin(position, plan.exclude_positions, invert=True)
-        self._slots = np.flatnonzero(kept).astype(np.int32)  # of the kept rows
-        if plan.exclude_positions:
-            self.columns = [column[kept] for column in self.columns]
-        self._rows_per_chunk = store.manifest.rows_per_chunk
-        chunk = self._slots // self._rows_per_chunk
-        steps = np.diff(self._slots, prepend=-2)
-        cuts = np.flatnonzero((steps > 1) | (np.diff(chunk, prepend=-1) > 0))
-        if len(cuts) * MIN_RUN_ROWS > len(self._slots):  # too many holes: pick rows chunk by chunk
-            cuts = np.flatnonzero(np.diff(chunk, prepend=-1) > 0)
-        self._cuts = cuts  # kept rows at which a run begins
-
-    def list_runs(self, lane: int, start: int, stop: int) -> Iterator[_Run]:
-        """Where kept rows start..stop are: runs without a hole, if those are not too short."""
-        first, last = self._cuts.searchsorted((start + 1, stop))
-        for begin, end in itertools.pairwise((start, *self._cuts[first:last].tolist(), stop)):
-            chunk, row = divmod(int(self._slots[begin]), self._rows_per_chunk)
-            rows = self._slots[begin:end] - chunk * self._rows_per_chunk
-            whole = int(rows[-1]) - row == end - 1 - begin
-            yield _Run(lane, self.shard, chunk, slice(row, row + end - begin) if whole else rows)
-
-
-class _ArrayReader:
-    """Reads acts or grads: of each lane's shard the file is open and one chunk in hand."""
-
-    def __init__(self, store: ActivationStore, path: str) -> None:
-        self._store = store
-        self._path = path
-        self._numbers = store.arrays[path].numbers
-        self._chunk_bytes = (
-            store.spec.shard_format(store.arrays[path]).chunk_bytes + 4
-        )  # and a checksum
-        self._lanes: dict[int, _OpenArray] = {}
-        self._memory: dict[int, np.ndarray] = {}  # of each lane's chunk; fresh pages cost more
-
-    def fill(self, out: Tensor, runs: Sequence[_Run]) -> None:
-        """Decode the runs' rows into `out`, one run after the other."""
-        first = 0
-        for lane, shard, chunk, rows in runs:
-            opened = self._lanes.get(lane)
-            if opened is None or opened.shard != shard:
-                self._close(lane)  # before the next takes its room
-                opened = _OpenArray(self._store, self._path, shard, self._take_memory(lane))
-                self._lanes[lane] = opened
-            taken = opened.hold_chunk(chunk).take(rows)
-            last = first + len(taken.numbers)
-            decode_numbers(taken, self._numbers, out[first:last])
-            first = last
-
-    def _take_memory(self, lane: int) -> np.ndarray:
-        if lane not in self._memory:
-            self._memory[lane] = np.empty(self._chunk_bytes, np.uint8)
-        return self._memory[lane]
-
-    def close(self) -> None:
-        for lane in list(self._lanes):
-            self._close(lane)
-
-    def _close(self, lane: int) -> None:
-        if lane in self._lanes:
-            self._lanes.pop(lane).close()
-
-
-class _OpenArray:
-    """Acts or grads of one shard, as they are on disk."""
-
-    def __init__(self, store: ActivationStore, path: str, shard: int, memory: np.ndarray) -> None:
-        self.shard = shard
-        self._rows_per_chunk = store.manifest.rows_per_chunk
-        self._row_scale = self._channel_scale = None
-        if store.arrays[path].numbers.scaled:
-            rows, channels = locate_scales(path)
-            slots = range(store.shards[shard].n_rows)
-            self._row_scale = store.read_stored(shard, rows, slots).numbers
-            self._channel_scale = store.read_stored(shard, channels, range(1)).numbers[0]
-        self._file = ExitStack()
-        self._read = self._file.enter_context(store.open_array(shard, path, memory))
-        self._chunk, self._held = -1, None
-
-    def hold_chunk(self, chunk: int) -> Stored:
-        if self._held is None or self._chunk != chunk:
-            self._held = None  # before the next takes its room
-            with ExitStack() as on_error:  # the file's place is told of damage, and closes it
-                on_error.push(self._file)
-                numbers = self._read(chunk)
-                on_error.pop_all()
-            first = chunk * self._rows_per_chunk
-            here = slice(first, first + self._rows_per_chunk)
-            scale = None if self._row_scale is None else self._row_scale[here]
-            self._chunk, self._held = chunk, Stored(numbers, scale, self._channel_scale)
-        return self._held
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def read_ahead(items: Generator[T, None, None]) -> Iterator[T]:

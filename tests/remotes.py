@@ -173,7 +173,8 @@ def serve_ssh(home: Path, patch: pytest.MonkeyPatch) -> Iterator[int]:
     )
     patch.setenv("HOME", str(home))
     patch.delenv("SSH_AUTH_SOCK", raising=False)
-    Path("/run/sshd").mkdir(exist_ok=True) if os.geteuid() == 0 else None
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # Debian's sshd wants it when root runs it
     server = subprocess.Popen(
         [SSHD, "-D", "-e", "-f", ssh / "sshd_config"],
         stdout=subprocess.DEVNULL,

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pipeline.device import pin_device
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.proof import describe_refused, expect_facts, find_differences, gather_facts
 from pipeline.worker import plan_share
+from store import open_store
 from store.errors import NumberRangeError
 from tests.tiny import REPOSITORY, kill_group, make_project, read_tree, run_cli, spawn_cli
 
@@ -35,16 +35,19 @@ START_S = 60  # for a process with torch on a busy machine
 def project(tmp_path_factory):
     """A project with corpus and store, the store made by one process and undisturbed."""
     folder = make_project(tmp_path_factory.mktemp("project"))
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of two workers has: another number may round differently
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert run_cli("cache") == 0
         yield folder
+    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module")
 def mapper(project):
     """Two workers of this machine, ready for that project."""
-    run = configure(workers=2, retries=RETRIES, worker_memory_gb=3)
+    run = configure(workers=2, retries=RETRIES, worker_memory_gb=3, threads=1)
     with open_workers(run, plan(project / "made/by/nobody").settings) as mapper:
         yield mapper
 
@@ -114,6 +117,7 @@ def describe_worker(dask_worker):
         # asked in the thread that computes
         "threads": dask_worker.executors["default"].submit(torch.get_num_threads).result(),
         "tasks": dask_worker.state.nthreads,
+        "malloc": os.environ.get("MALLOC_TRIM_THRESHOLD_"),
     }
 
 
@@ -187,9 +191,14 @@ def test_every_difference_of_every_worker_is_named(tmp_path):
 @pytest.mark.usefixtures("mapper")
 def test_each_worker_is_set_up():
     found = default_client().run(describe_worker)
-    assert list(found.values()) == 2 * [
-        {"limit": 3 * 10**9, "thresholds": (False, False, False), "threads": 1, "tasks": 1}
-    ]
+    wanted = {
+        "limit": 3 * 10**9,
+        "thresholds": (False, False, False),
+        "threads": 1,
+        "tasks": 1,
+        "malloc": None,  # dask's own value makes torch on a CPU slow
+    }
+    assert list(found.values()) == [wanted, wanted]
 
 
 def test_9_a_worker_killed_inside_a_shard(project, mapper, tmp_path, capfd):
@@ -234,18 +243,17 @@ def test_10_a_shard_that_kills_every_worker(project, mapper):
     assert read_tree(out) == read_tree(project / "stores/tiny")
 
 
-def test_all_workers_die_of_chaos(project, mapper, capfd):
+def test_workers_that_die_at_random(project, mapper, capfd):
     out = project / "chaos/tiny"
     client = default_client()
+    client.cluster.scheduler.allowed_failures = 100  # two deaths may meet one shard
     before = client.run(os.getpid)
-    for seed, address in zip((1, 3), before, strict=True):  # dead after 0.3 and 0.5 s
-        client.run(random.seed, seed, workers=[address])
-    chaos = KillWorker(delay="2 s", mode="segfault")
+    chaos = KillWorker(delay="0.5 s", mode="segfault")
     chaos.name = "chaos"
     client.register_plugin(chaos)
     client.unregister_worker_plugin("chaos")  # its clocks run on; new workers get none
-    cache(out, mapper, take_time, 0.3)
-    assert set(before.values()).isdisjoint(client.run(os.getpid).values())
+    cache(out, mapper, take_time, 0.5)  # 2.5 s each, undisturbed: exp(-10) that both live
+    assert set(before.values()) != set(client.run(os.getpid).values())
     assert read_tree(out) == read_tree(project / "stores/tiny")
     assert capfd.readouterr().err == ""
 
@@ -351,7 +359,7 @@ def test_workers_of_a_cluster_prove_themselves(project, scheduler, other_torch):
             message = str(refused.value)
             assert "expected 3 that see what this process sees, got 2 that do not" in message
             assert "versions.torch: expected '2." in message
-            assert "reads_work: expected 'yes', got 'FileNotFoundError" in message
+            assert "reads_work: expected 'yes', got \"FileNotFoundError" in message
         await_workers(scheduler, 1)
         with open_workers(run, settings) as mapper:
             with spawn(*worker_command(scheduler, "3"), **other_torch) as late:
@@ -359,10 +367,11 @@ def test_workers_of_a_cluster_prove_themselves(project, scheduler, other_torch):
                 assert "versions.torch: expected '2." in output
             cache(out, mapper)
             (worker,) = default_client().run(describe_worker).values()
-            assert worker["threads"] == 3  # where dask sets OMP_NUM_THREADS=1
+            assert worker["threads"] == 3  # though dask sets OMP_NUM_THREADS=1
             assert worker["thresholds"][1:] == (False, False)
         assert good.poll() is None
-    assert read_tree(out) == read_tree(project / "stores/tiny")
+    assert {commit["facts"]["threads"] for commit in commits(out)} == {3}
+    assert open_store(out).manifest.fingerprint == plan(out).spec.fingerprint
     assert list((settings.work / "scratch").iterdir()) == []
 
 
@@ -380,7 +389,9 @@ def await_workers(scheduler: str, n: int) -> None:
 @pytest.mark.parametrize("times", [1, 2])
 def test_11_ctrl_c_with_workers(project, times):
     out = project / f"interrupted{times}/tiny"
-    process = spawn_cli("cache", "--workers", "2", "--out", str(out), cwd=project)
+    process = spawn_cli(
+        "cache", "--workers", "2", "--set", "run.threads=1", "--out", str(out), cwd=project
+    )
     deadline = time.monotonic() + 2 * START_S
     while not commits(out) and time.monotonic() < deadline:
         time.sleep(0.01)

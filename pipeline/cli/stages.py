@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.cache_plan import CachePlan
     from pipeline.corpus import Corpus
     from pipeline.train import StepReport
+    from store.files import StoreFiles
 
 FOLDER = click.Path(path_type=Path)
 
@@ -32,6 +33,9 @@ run_option = click.option(
 )
 corpus_option = click.option(
     "--corpus", "corpus_path", type=FOLDER, help="Token blocks.  [default: data/<profile>]"
+)
+store_url_option = click.option(
+    "--store", metavar="PATH|URL", help="Store of activations.  [default: stores/<profile>]"
 )
 store_option = click.option(
     "--store",
@@ -118,11 +122,7 @@ def cache(
     device="device",
     allow_partial="allow-partial",
 )
-@click.option(
-    "--store",
-    metavar="PATH|URL",
-    help="The store to train from.  [default: stores/<profile>]",
-)
+@store_url_option
 @click.option("--out", type=FOLDER, help="Folder of the SAEs.  [default: runs/<profile>]")
 @click.option("--overwrite", is_flag=True, help="Replace SAEs that are there.")
 def train(run: Invocation, store: str | None, out: Path | None, overwrite: bool) -> None:
@@ -134,22 +134,15 @@ def train(run: Invocation, store: str | None, out: Path | None, overwrite: bool)
     from pipeline.device import pick_device
     from pipeline.provenance import describe_run
     from pipeline.training import plan_training, run_training
-    from store.reader import open_files
 
     config, out = run.config.train, out or run.paths.run
-    settings = run.config.run
-    files = open_files(
-        store or run.paths.store,
-        cache_root=settings.shard_cache,
-        cache_bytes=int(settings.shard_cache_gb * 1e9),
-    )
-    plan = plan_training(config, files)
+    plan = plan_training(config, _find_store(run, store))
     with token_progress("train", plan.n_steps * config.batch_size) as advance:
         trained = run_training(
             plan,
             config,
             out,
-            device=pick_device(settings.device),
+            device=pick_device(run.config.run.device),
             provenance=describe_run(run.profile, run.config),
             overwrite=overwrite,
             on_step=lambda report: advance(config.batch_size, note=_describe_step(report)),
@@ -162,7 +155,7 @@ def train(run: Invocation, store: str | None, out: Path | None, overwrite: bool)
 @takes(**SAME_RUN, device="device")
 @run_option
 @corpus_option
-@store_option
+@store_url_option
 @click.option(
     "--out", type=FOLDER, help="Folder of the measurements.  [default: results/<profile>]"
 )
@@ -170,7 +163,7 @@ def evaluate(
     run: Invocation,
     run_path: Path | None,
     corpus_path: Path | None,
-    store_path: Path | None,
+    store: str | None,
     out: Path | None,
 ) -> None:
     """Measure trained SAEs on held-out text, with and without the gradient at inference."""
@@ -182,7 +175,7 @@ def evaluate(
             run.config,
             run_folder=run_path or run.paths.run,
             corpus_folder=corpus_path or run.paths.corpus,
-            store_folder=store_path or run.paths.store,
+            store=_find_store(run, store),
             out=out,
             on_progress=advance,
         )
@@ -223,6 +216,16 @@ def report(
         out=out,
     )
     click.echo(f"report in {out}")
+
+
+def _find_store(run: Invocation, store: str | None) -> "StoreFiles":
+    from store.reader import open_files
+
+    return open_files(
+        store or run.paths.store,
+        cache_root=run.config.run.shard_cache,
+        cache_bytes=int(run.config.run.shard_cache_gb * 1e9),
+    )
 
 
 def _name_results(run: Invocation, run_path: Path | None) -> Path:

@@ -2,16 +2,17 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.cli.options import Invocation, takes
 from pipeline.cli.sharing import gc, pull
+from pipeline.cli.store_info import describe_store, list_facts, name_shards
 
 if TYPE_CHECKING:
-    from store.files import StoreFiles
     from store.manifest import Manifest
     from store.repair import RepairReport
     from store.verify import DamagedFile
@@ -28,17 +29,21 @@ def store() -> None:
 
 
 @store.command()
+@takes()
 @store_argument
 @json_option
-def info(where: str, as_json: bool) -> None:
-    """What a store is, where it came from, and its statistics."""
+def info(run: Invocation, where: str, as_json: bool) -> None:
+    """What a store is, where it came from, its statistics, and how mixed its batches are.
+
+    Batches are those of training with the profile's settings.
+    """
     from store.reader import open_files
 
-    description = _describe(open_files(where))
+    description = describe_store(open_files(where), run.config.train)
     if as_json:
         click.echo(json.dumps(description, indent=1))
         return
-    for line in _print_description(description):
+    for line in list_facts(description):
         click.echo(line)
 
 
@@ -146,99 +151,11 @@ def diff(first: str, second: str, as_json: bool) -> None:
         for line in lines:
             click.echo(line)
         if other_bytes:
-            click.echo(f"equal settings, other bytes in {_name_shards(other_bytes)}")
+            click.echo(f"equal settings, other bytes in {name_shards(other_bytes)}")
         if not lines and not other_bytes:
             click.echo(f"the same store, fingerprint {ours.fingerprint}, byte for byte")
     if lines or other_bytes:
         sys.exit(1)
-
-
-def _describe(files: "StoreFiles") -> dict[str, Any]:
-    """All of `info`, as JSON holds it."""
-    from store.manifest import PROVENANCE_NAME
-    from store.reader import read_manifest
-    from store.summary import count_bytes, summarize_arrays
-    from store.verify import verify_quick
-
-    manifest = read_manifest(files)
-    damage = verify_quick(files)
-    absent = sorted({file.shard for file in damage if file.shard is not None})
-    n_bytes = count_bytes(manifest)
-    try:
-        provenance = json.loads(files.read_bytes(PROVENANCE_NAME))
-    except (OSError, ValueError):
-        provenance = None
-    return {
-        "store": files.where,
-        "fingerprint": manifest.fingerprint,
-        "hooks": list(manifest.hooks),
-        "d_model": manifest.d_model,
-        "context_length": manifest.context_length,
-        "n_tokens": manifest.n_rows,
-        "n_blocks": manifest.n_blocks,
-        "acts_dtype": manifest.acts_dtype,
-        "grads_dtype": manifest.grads_dtype,
-        "compression": manifest.compression,
-        "bytes": n_bytes,
-        "bytes_per_token": n_bytes / manifest.n_rows,
-        "n_shards": len(manifest.shards),
-        "n_present": len(manifest.shards) - len(absent),
-        "missing_or_cut": absent,
-        "broken_metadata": [file.path for file in damage if file.shard is None],
-        "statistics": {
-            path: summary._asdict() for path, summary in summarize_arrays(manifest).items()
-        },
-        "identity": manifest.identity,
-        "provenance": provenance,
-    }
-
-
-def _print_description(description: Mapping[str, Any]) -> list[str]:
-    d = description
-    facts = [
-        ("store", d["store"]),
-        ("fingerprint", d["fingerprint"]),
-        ("hooks", ", ".join(d["hooks"])),
-        ("tokens", f"{d['n_tokens']:,} of width {d['d_model']}, in {d['n_blocks']:,} blocks"),
-        (
-            "formats",
-            f"acts {d['acts_dtype']}, grads {d['grads_dtype']}, compression {d['compression']}",
-        ),
-        ("disk", f"{d['bytes'] / 1e6:,.1f} MB, {d['bytes_per_token']:,.1f} bytes per token"),
-        ("shards", f"{d['n_present']} of {d['n_shards']} present"),
-    ]
-    if d["missing_or_cut"]:
-        facts.append(("damaged", f"{_name_shards(d['missing_or_cut'])}; see `store verify`"))
-    facts += [("damaged", path) for path in d["broken_metadata"]]
-    for path, statistics in d["statistics"].items():
-        facts.append(
-            (
-                path,
-                f"rms {statistics['rms']:.4g}, largest {statistics['max_abs']:.4g}, "
-                f"saturated {statistics['saturated']}, underflowed {statistics['underflowed']}",
-            )
-        )
-    facts += [(key, json.dumps(value)) for key, value in d["identity"].items()]
-    facts += _list_origin(d["provenance"])
-    width = max(len(name) for name, _ in facts)
-    return [f"{name:>{width}}  {value}" for name, value in facts]
-
-
-def _list_origin(provenance: Any) -> list[tuple[str, str]]:
-    """Where a store came from; the configuration is left to `--json`."""
-    if not isinstance(provenance, dict):
-        return [("made by", "unknown: provenance.json is missing or cut")]
-    facts = [
-        (f"made with {key}", json.dumps(value))
-        for key, value in provenance.items()
-        if key not in ("config", "shards")
-    ]
-    shards = [shard for shard in provenance.get("shards", []) if isinstance(shard, dict)]
-    for key in ("host", "device", "threads"):
-        values = sorted({str(shard[key]) for shard in shards if key in shard})
-        if values:
-            facts.append((f"made on {key}", ", ".join(values)))
-    return facts
 
 
 def _print_damage(
@@ -283,7 +200,7 @@ def _print_repair(path: Path, report: "RepairReport") -> None:
         click.echo(note)
     if report.dropped:
         click.echo(
-            f"{path}: {_name_shards(report.dropped)} left. Run `pipeline cache` with the settings "
+            f"{path}: {name_shards(report.dropped)} left. Run `pipeline cache` with the settings "
             "that made the store, which computes these alone, or name a whole copy with --from."
         )
     else:
@@ -294,11 +211,6 @@ def _list_other_bytes(ours: "Manifest", theirs: "Manifest") -> list[int]:
     """Shards of equal settings and other content: made on other hardware, say."""
     pairs = zip(ours.shards, theirs.shards, strict=True)
     return [mine.index for mine, other in pairs if mine != other]
-
-
-def _name_shards(shards: Sequence[int]) -> str:
-    listed = ", ".join(map(str, shards[:10])) + (", ..." if len(shards) > 10 else "")
-    return f"{len(shards)} shards ({listed})" if len(shards) != 1 else f"shard {listed}"
 
 
 def _describe_file(file: "DamagedFile") -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pipeline.model import hash_weights, load_model, locate_checkpoint
 from pipeline.runs import read_run
 from pipeline.sae import load_sae, read_sae_config
 from store.errors import StoreMismatch
+from store.files import StoreFiles
 from store.manifest import diff_identities
 from store.reader import ActivationStore, open_store
 
@@ -30,7 +31,7 @@ def evaluate_run(
     *,
     run_folder: Path,
     corpus_folder: Path,
-    store_folder: Path,
+    store: str | Path | StoreFiles,
     out: Path,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
@@ -45,11 +46,12 @@ def evaluate_run(
             "files. Choose another --out."
         )
     run = read_run(run_folder)
-    store = open_store(store_folder)
-    run.check_store(store.manifest)
+    partial = run.config["train"]["allow_partial"]
+    opened = open_store(store, hook=run.hook, allow_partial=partial)
+    run.check_store(opened.manifest)
     checkpoint = locate_checkpoint(config.model.name, config.model.revision)
     corpus = open_corpus(corpus_folder)
-    check_origin(store, config, corpus, checkpoint)
+    check_origin(opened, config, corpus, checkpoint)
     device = pick_device(config.run.device)
     model = load_model(checkpoint, weight_processing=config.model.weight_processing, device=device)
     metrics, activities = evaluate_saes(
@@ -57,7 +59,7 @@ def evaluate_run(
         corpus,
         {name: load_sae(run_folder / name).to(device) for name in run.members},
         hook=run.hook,
-        mean_act=mean_activation(store, run.hook, run.exclude_positions).to(device),
+        mean_act=mean_activation(opened, run.hook, run.exclude_positions).to(device),
         exclude_positions=run.exclude_positions,
         n_tokens=config.evaluate.tokens,
         batch_blocks=config.evaluate.batch_blocks,

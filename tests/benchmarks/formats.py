@@ -18,10 +18,10 @@ from pathlib import Path
 from pipeline.config import Config, load_config
 from pipeline.evaluate import evaluate_run
 from pipeline.training import plan_training, run_training
+from store import plan_stream, stream_batches
 from store.layout import ShardSpec
 from store.manifest import StoreSpec
 from store.reader import ActivationStore, open_store
-from store.stream import plan_stream, stream_batches
 from store.writer import ShardRows, lock_work, prepare_work, publish, write_shard
 from tests.tiny import run_cli
 
@@ -123,7 +123,7 @@ def _train(config: Config, folder: Path, numbers: str) -> list[tuple[str, float,
         config,
         run_folder=run,
         corpus_folder=folder / "data",
-        store_folder=store,
+        store=store,
         out=out / f"results/{numbers}",
     )
     by_beta: dict[float, list[dict]] = {}

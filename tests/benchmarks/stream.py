@@ -1,11 +1,12 @@
 """Streaming a warm local store against a raw file of the same rows, in one run:
 `python -m tests.benchmarks.stream`.
 
-Both give activations and gradients, 768 wide, as float32 torch batches of 4096. The store: 360,448
-rows in 32 shards (1.1 GB as float16), default window, position 0 left out. The raw files hold the
+Both give activations and gradients, 768 wide, as float32 torch batches of 4096. The store: 368,640
+rows in 24 shards (1.1 GB as float16), default window, position 0 left out. The raw files hold the
 rows that the stream gives, in its order, as float16, memory-mapped and read in contiguous pieces of
-64 MB (whole batches). They take turns; medians of 3 (`--repeats`). Prints a table of all formats
-and one JSON line last, of the first format and compression.
+64 MB (whole batches), by one torch thread, as a reader beside training has it; the table also has
+the raw files with all torch threads. They take turns; medians of 3 (`--repeats`). Prints a table of
+all formats and one JSON line last, of the first format and compression.
 """
 
 import argparse
@@ -23,8 +24,9 @@ import torch
 import store
 
 HOOK = "blocks.7.hook_resid_post"
-N_SHARDS, BLOCKS_PER_SHARD, CONTEXT, D_MODEL = 32, 44, 256, 768
+N_SHARDS, BLOCKS_PER_SHARD, CONTEXT, D_MODEL = 24, 60, 256, 768
 BATCH = 4096
+RAW = ("raw float16", "")
 PIECE_ROWS = 2**26 // (2 * D_MODEL) // BATCH * BATCH
 
 
@@ -95,7 +97,8 @@ def write_raw(folder: Path, opened: store.ActivationStore) -> None:
             grads.write(batch.grads.half().numpy().data)
 
 
-def read_raw(folder: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def read_raw(folder: Path, n_threads: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    torch.set_num_threads(n_threads)
     arrays = [
         np.memmap(folder / name, np.float16, mode="c").reshape(-1, D_MODEL)
         for name in ("acts.f16", "grads.f16")
@@ -121,6 +124,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shards", type=int, default=N_SHARDS)
     arguments = parser.parse_args()
+    n_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(dir=arguments.dir) as scratch:
         folder = Path(scratch)
         stores = {
@@ -132,7 +136,8 @@ def main() -> None:
         }
         write_raw(folder, next(iter(stores.values())))
         readers: dict[tuple[str, str], Callable[[], Iterator[tuple]]] = {
-            ("raw float16", ""): lambda: read_raw(folder)
+            RAW: lambda: read_raw(folder, 1),
+            ("raw float16, all threads", ""): lambda: read_raw(folder, n_threads),
         }
         for key, opened in stores.items():
             readers[key] = lambda opened=opened: store.stream_batches(opened, plan_epoch(opened))
@@ -148,7 +153,7 @@ def main() -> None:
 def report(
     stores: dict[tuple[str, str], store.ActivationStore], rates: dict[tuple[str, str], float]
 ) -> None:
-    raw = rates["raw float16", ""]
+    raw = rates[RAW]
     first = next(iter(stores.values()))
     plan = plan_epoch(first)
     found = store.find_mixedness(first, plan)

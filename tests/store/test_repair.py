@@ -224,7 +224,7 @@ def test_metadata_is_written_again(out, lone):
     assert fill(out, SPEC) == []
 
 
-@pytest.mark.parametrize("damage", ["cut to nothing", "first bit", "removed"])
+@pytest.mark.parametrize("damage", ["cut to nothing", "first bit", "removed", "a folder"])
 def test_a_broken_manifest_comes_from_a_copy_or_not_at_all(lone, copy, damage):
     DAMAGES[damage](lone / "manifest.json")
     with pytest.raises((ManifestError, StoreNotFound), match=r"store repair .* --from URL"):

@@ -56,6 +56,15 @@ SPECS = (
     make_spec(LENGTHS, d_model=3, acts_dtype="int8", grads_dtype="float32", compression="zstd"),
 )
 SHARED_MEMORY = Path("/dev/shm")
+PUBLISHING = CRASH_POINTS[CRASH_POINTS.index("before-publish") :]
+# What is killed, what is lost beforehand so that there is something to do, and where it dies.
+KILLS = (
+    *(("resume", "all", point) for point in CRASH_POINTS),
+    *(("resume", "file", point) for point in PUBLISHING),
+    *(("repair", "file of copy", point) for point in CRASH_POINTS if "commit" in point),
+    *(("repair", "file of copy", point) for point in CRASH_POINTS if "zarr.json" in point),
+    *(("pull", "copy", point) for point in CRASH_POINTS if point.endswith(":file")),
+)
 SOURCES = ("pulled", "good", None)
 
 
@@ -162,29 +171,25 @@ class StoreMachine(RuleBasedStateMachine):
             assert verify_full(LocalFiles(self.pulled)) == []
             self.compare_trees(self.pulled)
 
-    @rule(
-        operation=st.sampled_from(("resume", "mend", "repair a copy", "pull")),
-        point=st.sampled_from(CRASH_POINTS),
-        skip=st.sampled_from((0, 0, 0, 1, 2, 5, 12, 24)),
-        lost=st.sampled_from((None, "out", "work", "pulled")),
-    )
-    def kill(self, operation: str, point: str, skip: int, lost: str | None) -> None:
-        """In the middle of something; what it leaves is for the other rules to find.
-
-        Something is lost beforehand, so that there is something to do.
-        """
+    @rule(case=st.sampled_from(KILLS), skip=st.sampled_from((0, 0, 0, 1, 2, 5)))
+    def kill(self, case: tuple[str, str, str], skip: int) -> None:
+        """In the middle of something; what it leaves is for the other rules to find."""
         self.counts["kill"] += 1
-        if lost is not None:
-            self.remove_folder(lost)
+        operation, lost, point = case
+        if lost == "all":
+            self.remove_folder("out")
+            self.remove_folder("work")
+        elif lost == "copy":
+            self.remove_folder("pulled")
+        else:
+            path = self.out if lost == "file" else self.pulled
+            DAMAGES["removed"](path / "tokens/c/1")
 
         def run() -> None:
             with contextlib.suppress(StoreError, OSError):
                 if operation == "resume":
                     self.finish()
-                elif operation == "mend":
-                    self.repair_from(self.out, None)
-                    self.finish()
-                elif operation == "repair a copy":
+                elif operation == "repair":
                     self.repair_from(self.pulled, "good")
                 else:
                     self.pull_from("good")

@@ -10,7 +10,7 @@ import torch
 import store
 from store.shuffle import plan_batches
 from store.stream import SHARDS_AHEAD
-from store.stream_plan import PREFETCHED_BATCHES
+from store.stream_plan import BATCHES_ALIVE, PREFETCHED_BATCHES
 from tests.store.small_store import (
     CONTEXT,
     HOOK,
@@ -75,10 +75,14 @@ def stream_slowly(opened, planned):
         yield join(parts)
 
 
+@pytest.mark.parametrize("shortest_run", [1, 16])
 @pytest.mark.parametrize("exclude", [(), (0,), (0, 3, 7)])
 @pytest.mark.parametrize("batch_size", [1, 16, 33])
 @pytest.mark.parametrize("window", [1, 3])
-def test_batches_are_the_planned_rows(opened, exclude, batch_size, window):
+def test_batches_are_the_planned_rows(
+    opened, exclude, batch_size, window, shortest_run, monkeypatch
+):
+    monkeypatch.setattr("store.lanes.MIN_RUN_ROWS", shortest_run)
     planned = plan(
         opened,
         batch_size=batch_size,
@@ -266,14 +270,14 @@ def test_a_first_batch_beyond_the_plan_is_refused_at_once(packed, first):
 def test_each_chunk_is_read_once(packed, monkeypatch):
     """Four slices of four rows to a chunk: no chunk twice, but where a shard wraps around."""
     reads = []
-    read_stored = store.ActivationStore.read_stored
+    read_chunk = store.reader.read_chunk
 
-    def spy(self, shard, path, slots):
-        if path.endswith("acts"):
-            reads.append((shard, int(slots[0])))
-        return read_stored(self, shard, path, slots)
+    def spy(file, chunk, shard_format, checksums, where, *others):
+        if "/acts/" in where:
+            reads.append((where, chunk))
+        return read_chunk(file, chunk, shard_format, checksums, where, *others)
 
-    monkeypatch.setattr(store.ActivationStore, "read_stored", spy)
+    monkeypatch.setattr(store.reader, "read_chunk", spy)
     monkeypatch.setattr("store.shuffle.MIN_SLICE_ROWS", 4)
     stream(packed, batch_size=12, window=3)
     n_chunks = sum(-(-shard.n_rows // 16) for shard in packed.shards)
@@ -281,14 +285,28 @@ def test_each_chunk_is_read_once(packed, monkeypatch):
     assert len(set(reads)) == n_chunks
 
 
-def test_batches_share_no_memory(packed):
+def test_batches_that_are_held_share_no_memory(packed):
+    """Nor do views of them, and what a batch holds does not change."""
     batches = stream(packed, epochs=3)
     pointers = {tensor.data_ptr() for batch in batches for tensor in batch}
     assert len(pointers) == len(batches) * len(batches[0])
+    rows, copies = [], []
+    for batch in store.stream_batches(packed, plan(packed, epochs=3)):
+        rows.append(batch.acts[3].numpy())  # numpy's view of a view
+        copies.append(batch.acts[3].clone())
+    assert all(torch.equal(torch.from_numpy(a), b) for a, b in zip(rows, copies, strict=True))
+
+
+def test_memory_of_a_batch_that_nobody_holds_is_used_again(packed):
+    pointers = set()
+    for batch in store.stream_batches(packed, plan(packed, epochs=9)):
+        pointers.add(batch.acts.data_ptr())
+        del batch
+    assert len(pointers) <= BATCHES_ALIVE
 
 
 def prefetching():
-    return [thread for thread in threading.enumerate() if thread.name == "store-prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("store-prefetch")]
 
 
 def test_no_thread_is_left_behind(packed):
@@ -309,11 +327,13 @@ def test_no_thread_is_left_behind(packed):
 def test_prefetch_is_bounded(packed, monkeypatch):
     made = []
 
-    def spy(*shape):
-        made.append(shape)
-        return torch.zeros(*shape)
+    take = store.stream._BatchMemory.take
 
-    monkeypatch.setattr("store.stream.torch.empty", spy)
+    def spy(self, n_rows):
+        made.append(n_rows)
+        return take(self, n_rows)
+
+    monkeypatch.setattr(store.stream._BatchMemory, "take", spy)
     batches = store.stream_batches(packed, plan(packed, batch_size=4, epochs=9))
     next(batches)
     time.sleep(0.3)

@@ -1,0 +1,87 @@
+"""A g-SAE trained from a store against the same batches held in memory:
+`python -m tests.benchmarks.train_from_store`.
+
+d_model 768, d_sae 15360, k 32, beta 1e5, batch 4096, all torch threads; the loop's own steps. The
+store is that of tests.benchmarks.stream, float16, warm. Runs of `--steps` steps take turns, each
+from fresh weights; a step is timed with the wait for its batch. Prints medians over all steps but
+each run's first, and one JSON line last: at most 1.02 is wanted.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import store
+from pipeline.config import TrainConfig, load_config
+from pipeline.member import plan_members, start_member, step_member
+from tests.benchmarks.stream import D_MODEL, N_SHARDS, make_spec, plan_epoch, write_store
+
+PROFILE = Path(__file__).parents[2] / "configs" / "gpt2-small.yaml"
+
+
+def time_steps(config: TrainConfig, batches: Iterable[store.Batch]) -> list[float]:
+    """Seconds of each step but the first, from one batch's arrival to the next one's."""
+    member, seconds = None, []
+    started = time.perf_counter()
+    for step, batch in enumerate(batches, start=1):
+        if member is None:
+            (spec,) = plan_members(config)
+            member = start_member(spec, config, batch.acts)
+        step_member(
+            member,
+            batch.acts,
+            batch.grads,
+            lr=config.lr,
+            decoder_norm=config.decoder_norm,
+            step=step,
+            full=False,
+        )
+        seconds.append(time.perf_counter() - started)
+        started = time.perf_counter()
+    return seconds[1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dir", type=Path, help="where to write; default: a temporary folder")
+    parser.add_argument("--steps", type=int, default=12, help="of each run")
+    parser.add_argument("--repeats", type=int, default=4, help="runs of each kind")
+    parser.add_argument("--shards", type=int, default=N_SHARDS)
+    parser.add_argument("--d-sae", type=int, default=15360)
+    arguments = parser.parse_args()
+    changes = {"train.betas": [1e5], "train.ks": [32], "train.d_sae": arguments.d_sae}
+    config = load_config(PROFILE, changes).train
+    with tempfile.TemporaryDirectory(dir=arguments.dir) as scratch:
+        spec = make_spec("float16", "none", arguments.shards)
+        opened = write_store(Path(scratch) / "store", spec)
+        plan = plan_epoch(opened)
+        held = list(itertools.islice(store.stream_batches(opened, plan), arguments.steps))
+        seconds: dict[str, list[float]] = {"store": [], "memory": []}
+        for _ in range(arguments.repeats):
+            for name, found in seconds.items():
+                stream = store.stream_batches(opened, plan) if name == "store" else iter(held)
+                found += time_steps(config, itertools.islice(stream, arguments.steps))
+                del stream  # and its threads with it
+    report({name: statistics.median(found) for name, found in seconds.items()})
+
+
+def report(medians: dict[str, float]) -> None:
+    for name, seconds in medians.items():
+        print(f"{name}: {seconds * 1e3:.1f} ms/step")
+    line = {
+        "name": f"g-SAE step from the store, d_model {D_MODEL}",
+        "value": medians["store"],
+        "unit": "s",
+        "against": medians["memory"],
+        "ratio": medians["store"] / medians["memory"],
+    }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Copies of stores and of parts of them: whole and verified, or not there."""
+
+import itertools
+
+import pytest
+
+import store
+from store.download import Retry
+from store.files import LocalFiles
+from store.pull import Pulled, plan_pull, pull_store
+from store.remote import open_remote
+from tests.remotes import serve_http
+from tests.store.small_store import make_spec, write_store
+
+HOOKS = ("blocks.2.hook_resid_post", "blocks.7.hook_resid_post")
+ACTS = f"{HOOKS[1]}/acts/c/0/0"
+FAST = Retry(attempts=3, first_s=0.0)
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return make_spec(hooks=HOOKS)
+
+
+@pytest.fixture(scope="module")
+def folder(spec, tmp_path_factory):
+    """A folder with a store called `small`."""
+    root = tmp_path_factory.mktemp("published")
+    write_store(root / "small", spec)
+    return root
+
+
+@pytest.fixture
+def server(folder):
+    with serve_http(folder) as server:
+        yield server
+
+
+def pull(url: str, out, **part) -> Pulled:
+    source = open_remote(url, retry=FAST)
+    return pull_store(source, out, plan_pull(source, **part))
+
+
+def test_a_pulled_store_is_the_store(server, folder, tmp_path):
+    pulled = pull(f"{server.url}/small", tmp_path / "copy")
+    assert pulled.kept == 0
+    for path in (folder / "small").rglob("*"):
+        if path.is_file():
+            copied = tmp_path / "copy" / path.relative_to(folder / "small")
+            assert copied.read_bytes() == path.read_bytes()
+    store.open_store(tmp_path / "copy").verify()
+    assert not (tmp_path / ".copy.pull").exists()
+
+
+def test_shards_of_one_layer_are_a_partial_store_that_can_grow(server, tmp_path, spec):
+    url, out = f"{server.url}/small", tmp_path / "copy"
+    first = pull(url, out, shards=(0, 2), layer=7)
+    assert first.files == 2 * 6
+    assert not any(HOOKS[0] in path for path in server.counts if "/c/" in path)
+    opened = store.open_store(out, hook=HOOKS[1], allow_partial=True)
+    assert opened.present == (0, 1)
+    with pytest.raises(store.ShardMissing):
+        store.open_store(out, hook=HOOKS[1])
+    more = pull(url, out, shards=(0, 3), hook=HOOKS[1])
+    assert (more.files, more.kept) == (6, 12)
+    read = store.open_store(out, hook=HOOKS[1], allow_partial=True).read_shard(2, HOOKS[1])
+    assert len(read.block) == spec.layout.shards[2].n_rows
+
+
+def test_an_interrupted_pull_goes_on_and_a_damaged_file_is_replaced(server, tmp_path):
+    url, out = f"{server.url}/small", tmp_path / "copy"
+    server.faults[f"small/{ACTS}"] = itertools.repeat("wrong")
+    with pytest.raises(store.ShardCorrupt, match="sha256"):
+        pull(url, out)
+    assert not (out / ACTS).exists()
+    assert not (out / "manifest.json").exists()
+    server.faults.clear()
+    there = [path for path in out.rglob("c/*") if path.is_file()]
+    there[0].write_bytes(b"x" * there[0].stat().st_size)
+    pulled = pull(url, out)
+    assert pulled.kept >= len(there) - 1 > 0
+    store.open_store(out).verify()
+
+
+def test_a_pull_never_mixes_stores(server, tmp_path):
+    write_store(tmp_path / "other", make_spec(hooks=HOOKS, weights="w1"))
+    for name, content in (("other", None), ("notes", "mine")):
+        out = tmp_path / name
+        if content:
+            out.mkdir()
+            (out / "notes.txt").write_text(content)
+        before = sorted(out.rglob("*"))
+        with pytest.raises(store.StoreMismatch, match="Choose another --out"):
+            pull(f"{server.url}/small", out)
+        assert sorted(out.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"shards": (0, 99)}, r"expected a range in 0:\d+, got 0:99"),
+        ({"shards": (2, 2)}, "got 2:2"),
+        ({"layer": 3}, "expected one of"),
+        ({"hook": "blocks.7"}, "expected one of"),
+    ],
+)
+def test_a_part_that_is_not_there_is_refused(folder, part, message):
+    with pytest.raises(store.StoreError, match=message):
+        plan_pull(LocalFiles(folder / "small"), **part)

@@ -1,0 +1,276 @@
+"""`pipeline store`: info, verify, repair and diff, as a person or a program reads them."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.store.damage import DAMAGES, swap
+from tests.tiny import make_project, read_tree, run_cli
+
+STORE = "stores/tiny"
+ACTS = "blocks.1.hook_resid_post/acts/c/1/0"
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """A project with corpus and store."""
+    folder = make_project(tmp_path_factory.mktemp("cached"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run_cli("cache") == 0
+    return folder
+
+
+@pytest.fixture
+def path(cached, tmp_path, monkeypatch):
+    """The store in a copy of the project; its files are the work folder's, by hard links."""
+    shutil.copytree(cached, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    shutil.rmtree(STORE)
+    assert run_cli("cache") == 0
+    return Path(STORE)
+
+
+@pytest.fixture
+def ask(capsys):
+    """Run a command; returns its output, parsed where that is JSON."""
+
+    def run(*args, code=0):
+        capsys.readouterr()
+        assert run_cli("store", *args) == code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return json.loads(out) if "--json" in args else out + err
+
+    return run
+
+
+def n_shards(path):
+    return len(json.loads((path / "manifest.json").read_text())["shards"])
+
+
+def test_info_says_what_it_is(path, ask):
+    facts = ask("info", path, "--json")
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert facts["fingerprint"] == manifest["fingerprint"]
+    assert facts["n_tokens"] == manifest["n_rows"]
+    assert facts["n_present"] == facts["n_shards"] == len(manifest["shards"])
+    on_disk = sum(file.stat().st_size for file in path.rglob("c/**/*") if file.is_file())
+    assert facts["bytes"] == on_disk
+    assert facts["bytes_per_token"] == pytest.approx(on_disk / manifest["n_rows"])
+    assert facts["provenance"]["profile"] == "tiny"
+    assert facts["identity"]["weights_hash"] == manifest["identity"]["weights_hash"]
+
+
+def test_info_puts_the_shards_statistics_together(path, ask):
+    from store import open_store
+
+    opened = open_store(path)
+    rows = [opened.read_shard(shard.index) for shard in opened.shards]
+    found = ask("info", path, "--json")["statistics"]["blocks.1.hook_resid_post/acts"]
+    values = [part.acts.double() for part in rows]
+    n_values = sum(part.numel() for part in values)
+    rms = (sum(part.square().sum() for part in values) / n_values).sqrt()
+    assert found["rms"] == pytest.approx(float(rms), rel=1e-6)
+    assert found["max_abs"] == pytest.approx(max(float(part.abs().max()) for part in values))
+    assert found["saturated"] == 0
+
+
+def test_info_in_words_needs_no_model(path, ask):
+    shutil.rmtree("model")
+    shutil.rmtree("data")
+    text = ask("info", path)
+    for words in (
+        "9 of 9 present",
+        "bytes per token",
+        "saturated 0",
+        "made with profile",
+        "made on",
+    ):
+        assert words in text, text
+
+
+def test_info_of_a_damaged_store(path, ask):
+    (path / ACTS).unlink()
+    (path / "provenance.json").unlink()
+    text = ask("info", path)
+    assert "8 of 9 present" in text
+    assert "provenance.json is missing" in text
+    assert ask("info", path, "--json")["missing_or_cut"] == [1]
+
+
+def test_verify_a_whole_store(path, ask):
+    assert "9 shards are exactly the bytes that were written" in ask("verify", path)
+    assert "in full size" in ask("verify", path, "--quick")
+    assert ask("verify", path, "--json")["whole"] is True
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_17_18_19_verify_lists_it_and_repair_redoes_only_it(path, ask, capsys, damage):
+    before = read_tree(path)
+    DAMAGES[damage](path / ACTS)
+    found = ask("verify", path, "--json", code=1)
+    assert [file["path"] for file in found["damage"]] == [ACTS]
+    assert "shard 1:" in ask("verify", path, code=1)
+    if damage in ("removed", "a folder"):  # the work folder's link still has it
+        assert "taken from the work folder" in ask("repair", path)
+    else:
+        text = ask("repair", path, code=1)
+        assert "shard 1 left. Run `pipeline cache`" in text
+        assert "may differ" not in text  # the same machine
+        assert run_cli("cache") == 0
+        assert "computed 1 of 9 shards" in capsys.readouterr().out
+    assert read_tree(path) == before
+    assert ask("verify", path, "--json")["damage"] == []
+
+
+def test_18_swapped_shards(path, ask):
+    before = read_tree(path)
+    swap(path / ACTS, path / "blocks.1.hook_resid_post/acts/c/2/0")
+    assert ask("verify", path, "--quick", "--json")["whole"] is True  # sizes cannot tell
+    assert {file["shard"] for file in ask("verify", path, "--json", code=1)["damage"]} == {1, 2}
+    assert ask("repair", path, "--json", code=1)["recompute"] == [1, 2]
+    assert run_cli("cache") == 0
+    assert read_tree(path) == before
+
+
+def test_19_missing_shards_are_counted_and_training_refuses(path, ask, capsys):
+    for shard in (0, 3, 7):
+        (path / f"tokens/c/{shard}").unlink()
+    text = ask("verify", path, "--quick", code=1)
+    assert "3 of 9 shards damaged, of which 3 missing" in text
+    assert run_cli("train") == 1
+    err = capsys.readouterr().err
+    assert "3 of 9 shards missing" in err
+    assert "pipeline store repair" in err
+    assert not Path("runs").exists()
+
+
+def test_19_a_deleted_commit_record(path, capsys):
+    """The shard does not exist any more for the work folder; the published store is whole."""
+    (record,) = Path("stores/.work").glob("*/commits/00002.json")
+    record.unlink()
+    before = read_tree(path)
+    assert run_cli("cache") == 0
+    assert read_tree(path) == before
+    shutil.rmtree(path)
+    capsys.readouterr()
+    assert run_cli("cache") == 0
+    assert "computed 1 of 9 shards" in capsys.readouterr().out
+    assert read_tree(path) == before
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut to nothing", "first bit"])
+def test_19_23_a_broken_manifest_fails_every_load(path, ask, capsys, tmp_path, damage):
+    copy = shutil.copytree(path, tmp_path / "copy")
+    before = read_tree(path)
+    DAMAGES[damage](path / "manifest.json")
+    assert run_cli("train") == 1
+    assert "manifest" in capsys.readouterr().err
+    for command in ("info", "verify"):
+        assert "manifest" in ask(command, path, code=1)
+    assert "--from URL" in ask("repair", path, code=1)
+    assert "manifest.json: fetched" in ask("repair", path, "--from", copy)
+    assert read_tree(path) == before
+
+
+def test_20_zarr_json_is_listed_and_written_again(path, ask):
+    before = read_tree(path)
+    (path / "tokens/zarr.json").unlink()
+    metadata = json.loads((path / "zarr.json").read_text()) | {"zarr_format": 2}
+    (path / "zarr.json").write_text(json.dumps(metadata))
+    found = ask("verify", path, "--json", code=1)
+    assert [file["path"] for file in found["damage"]] == ["zarr.json", "tokens/zarr.json"]
+    assert "tokens/zarr.json: written again" in ask("repair", path)
+    assert read_tree(path) == before
+
+
+def test_repair_from_a_copy(path, ask, tmp_path):
+    before = read_tree(path)
+    copy = shutil.copytree(path, tmp_path / "copy")
+    DAMAGES["last bit"](path / ACTS)
+    found = ask("repair", path, "--from", copy, "--json")
+    assert [(shard["shard"], shard["done"]) for shard in found["shards"]] == [(1, "fetched")]
+    assert read_tree(path) == before
+    assert "every byte is the one that was written" in ask("repair", path)
+
+
+def test_repair_says_when_bytes_may_differ(path, ask):
+    provenance = path / "provenance.json"
+    fields = json.loads(provenance.read_text())
+    fields["shards"][1]["device"] = "cuda"
+    provenance.unlink()
+    provenance.write_text(json.dumps(fields))
+    DAMAGES["last bit"](path / ACTS)
+    found = ask("repair", path, "--json", code=1)
+    assert "device cuda, here cpu" in found["notes"][0]
+
+
+def test_23_dvc_finds_nothing_wrong_and_the_load_does(path, capsys):
+    """A bit flipped in place keeps size and, to DVC's index, time: the read fails all the same."""
+    file = path / ACTS
+    stat = file.stat()
+    DAMAGES["last bit"](file)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    DAMAGES["first bit"](file)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert run_cli("train") == 1
+    err = capsys.readouterr().err
+    assert f"{ACTS}" in err
+    assert "pipeline store repair" in err
+    assert not Path("runs/tiny").exists()
+
+
+def test_foreign_files_are_told_and_no_damage(path, ask):
+    (path / "notes.txt").write_text("mine")
+    assert "foreign: notes.txt" in ask("verify", path)
+    assert ask("verify", path, "--json")["foreign"] == ["notes.txt"]
+
+
+def test_diff(path, ask):
+    assert "the same store" in ask("diff", path, path)
+    assert run_cli("cache", "--layer", "2", "--dtype", "float32", "--out", "stores/other") == 0
+    text = ask("diff", path, "stores/other", code=1)
+    assert "acts_dtype: expected 'float16', got 'float32'" in text
+    assert "hooks: expected" in text
+    found = ask("diff", path, "stores/other", "--json", code=1)
+    assert len(found["differences"]) == len(text.splitlines())
+    assert found["fingerprints"][0] != found["fingerprints"][1]
+
+
+def test_no_store_is_one_line(path, ask):
+    assert path.exists()
+    for command in ("info", "verify", "repair"):
+        assert "expected a folder with manifest.json" in ask(command, "nowhere", code=1)
+
+
+def test_16_a_folder_of_another_owner_is_named_before_the_work(path, tmp_path):
+    """As another user, in a project of root's."""
+    shutil.rmtree(path.parent)
+    path.parent.mkdir(mode=0o755)
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if "pytest-" in str(folder):
+            folder.chmod(0o755)
+    Path("model/model.safetensors").chmod(0o644)
+    code, err = run_as_nobody(tmp_path, "cache")
+    assert code == 1, err
+    assert f"folder at {path.parent.absolute()}/.work/" in err
+    assert "Permission denied" in err
+    assert "Traceback" not in err
+    assert "cache:" not in err  # nothing was computed
+
+
+def run_as_nobody(folder, *args) -> tuple[int, str]:
+    """The command in a child of another user, who needs the modules that are loaded by now."""
+    child = os.fork()
+    if child == 0:
+        sys.stderr = (folder / "err").open("w")
+        os.setuid(65534)
+        code = run_cli(*args)
+        sys.stderr.flush()
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), (folder / "err").read_text()
