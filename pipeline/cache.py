@@ -22,6 +22,7 @@ from pipeline.corpus.reader import Corpus, open_corpus
 from pipeline.device import pick_device
 from pipeline.errors import CorpusError, ModelError
 from pipeline.model import LanguageModel, hash_weights, load_model
+from store.adoption import adopt_shards
 from store.layout import ShardSpec
 from store.manifest import Manifest, StoreSpec
 from store.publication import find_published, sweep_aside
@@ -50,7 +51,8 @@ def run_cache(
 ) -> Manifest:
     """Compute the missing shards and publish the store.
 
-    A finished store of equal fingerprint is left as it is, or adopted from the work folder. Holds
+    A finished store of equal fingerprint is left as it is, or adopted from the work folder; of a
+    damaged one the good shards are kept, by hash, and the others computed. Holds
     the work folder's lock throughout: StoreLocked names whoever else does. `workers` (none: this
     process) is entered only with that lock held, if shards are missing, and left before it is
     released. Killed at any moment, a second call computes only the shards that were not committed.
@@ -65,6 +67,8 @@ def run_cache(
         sweep(work)
         committed = committed_shards(work, plan.spec)
         missing = [shard for shard in plan.spec.layout.shards if shard.index not in committed]
+        adopted = adopt_shards(plan.out, work, plan.spec, [shard.index for shard in missing])
+        missing = [shard for shard in missing if shard.index not in adopted]
         if missing:
             check_room(work, plan.needed_bytes)
             compute = functools.partial(compute_shard, plan.settings, plan.spec)

@@ -18,6 +18,7 @@ from pipeline.model import (
     read_facts,
     resolve_hooks,
 )
+from store.adoption import list_adoptable
 from store.layout import ShardSpec, StoreLayout, plan_shards
 from store.manifest import FORMAT_VERSION, StoreSpec, diff_identities
 from store.publication import find_published
@@ -47,7 +48,7 @@ class CachePlan(NamedTuple):
     spec: StoreSpec
     settings: CaptureSettings
     out: Path
-    missing: tuple[ShardSpec, ...]  # shards that no former run has committed
+    missing: tuple[ShardSpec, ...]  # not committed, nor in a damaged store at `out`
     store_bytes: int  # on disk for the whole store
     needed_bytes: int  # on disk for the missing shards
     free_bytes: int
@@ -84,7 +85,8 @@ def plan_cache(
     work = locate_work(out, spec.fingerprint)
     missing: tuple[ShardSpec, ...] = ()
     if find_published(spec, out, overwrite=overwrite) is None:
-        committed = committed_shards(work, spec)
+        committed = {*committed_shards(work, spec)}
+        committed |= {record.index for record in list_adoptable(out, spec)}
         missing = tuple(shard for shard in layout.shards if shard.index not in committed)
     missing_rows = sum(shard.n_rows for shard in missing)
     store_bytes = required_bytes(spec)

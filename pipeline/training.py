@@ -1,6 +1,6 @@
 """Train from a store: plan what to read, refuse to replace another run, and hand the stream on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,16 +25,24 @@ class TrainPlan(NamedTuple):
         return self.stream.n_batches
 
 
-def plan_training(config: TrainConfig, source: str | Path | StoreFiles) -> TrainPlan:
-    """Open the store and count its batches; raises TrainError for a foreign hook or few rows."""
+def plan_training(
+    config: TrainConfig, source: str | Path | StoreFiles, layers: Sequence[int] = ()
+) -> TrainPlan:
+    """Open the store and count its batches; raises TrainError for a foreign hook or few rows.
+
+    One layer stands for the store's only hook of it where the store has several hooks and
+    `config.hook` names none.
+    """
     files = open_files(source) if isinstance(source, str | Path) else source
     hooks = read_manifest(files).hooks
     names = {config.hook, f"hook_{config.hook}"}
     wanted = [hook for hook in hooks if config.hook is None or names & {hook, hook.split(".")[-1]}]
+    if config.hook is None and len(hooks) > 1 and len(layers) == 1:
+        wanted = [hook for hook in hooks if hook.startswith(f"blocks.{layers[0]}.")]
     if len(wanted) != 1:
         raise TrainError(
             f"train.hook for {files.where}: expected one of {', '.join(hooks)}, "
-            f"got {config.hook or 'none'}. Pass --hook."
+            f"got {config.hook or 'none'}. Pass --hook, or --layer for its only hook."
         )
     store = open_store(files, hook=wanted[0], allow_partial=config.allow_partial)
     n_steps = plan_steps(config, count_rows(store, config.exclude_positions))

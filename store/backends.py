@@ -138,8 +138,14 @@ def plan_dvc(url: str) -> Remote:
     shown = strip_url(repo) if "://" in repo else repo
 
     def connect() -> Any:
-        system = _import("dvc.api", "dvc").DVCFileSystem(url=repo, rev=rev)
-        system.repo  # noqa: B018  # clones now, not in several threads at once
+        dvc = _import("dvc.api", "dvc")
+        try:
+            system = dvc.DVCFileSystem(url=repo, rev=rev)
+            system.repo  # noqa: B018  # clones now, not in several threads at once
+        except Exception as error:  # of DVC or git, whose text may quote a URL with its password
+            if complaint := _explain_clone(error, shown, rev):
+                raise StoreError(complaint) from None
+            raise
         return system
 
     return Remote(
@@ -149,6 +155,26 @@ def plan_dvc(url: str) -> Remote:
         _stream_file,
         "Check that git reaches the repository, and DVC its remote (`dvc remote modify --local`).",
     )
+
+
+def _explain_clone(error: BaseException, repo: str, rev: str) -> str | None:
+    """Why a repository cannot be used, where trying again cannot help; None for other reasons."""
+    names: set[str] = set()
+    cause: BaseException | None = error
+    while cause is not None:
+        names |= {kind.__name__ for kind in type(cause).__mro__}
+        cause = cause.__cause__
+    if "RevError" in names:
+        return (
+            f"revision of the repository at {repo}: expected a branch, tag or commit, got {rev}, "
+            "which it has not. Correct the URL."
+        )
+    if names & {"CloneError", "SCMError", "NotDvcRepoError"}:
+        return (
+            f"repository at {repo}: expected one that `git clone` can clone and that DVC tracks, "
+            "got none. Correct the URL, or check that git reaches it."
+        )
+    return None
 
 
 def _import(module: str, package: str) -> Any:

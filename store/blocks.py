@@ -97,8 +97,8 @@ def plan_block_batches(
             done = epoch * n_blocks
             for shard in draw_order(len(blocks_per_shard), seed, (epoch, _SHARDS)):
                 count = blocks_per_shard[shard]
-                inside = slice(max(own.start - done, 0), max(own.stop - done, 0))
-                if inside.start < count and inside.stop > 0:
+                inside = slice(max(own.start - done, 0), min(max(own.stop - done, 0), count))
+                if inside.start < inside.stop:
                     order = draw_order(count, seed, (epoch, _BLOCKS, shard))
                     batch.append(BlockSlice(shard, tuple(order[inside])))
                 done += count

@@ -11,10 +11,14 @@ import signal
 from collections import Counter
 
 _FILES = ("array", "commit", "manifest", "provenance", "zarr.json", "file")
+_RENAMED = ("link", "pulled", "cached")  # made elsewhere: put_link, pull, shard cache
 _STEPS = ("before-write", "after-write", "before-rename", "after-rename")
 
 CRASH_POINTS = (
     *(f"{step}:{kind}" for kind in _FILES for step in _STEPS),  # of write_durably
+    *(f"{step}:{kind}" for kind in _RENAMED for step in _STEPS[2:]),
+    "before-forget",  # of a commit record
+    "after-forget",
     "before-commit",  # a shard's files are there, its commit record is not
     "after-commit",
     "before-publish",

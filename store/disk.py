@@ -92,14 +92,29 @@ def write_durably(
             file.flush()
             crash_point(f"after-write:{kind}")
             os.fsync(file.fileno())
-        crash_point(f"before-rename:{kind}")
-        temporary.rename(path)
+        rename_durably(temporary, path, kind=kind)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    crash_point(f"after-rename:{kind}")
-    fsync_folder(path.parent)
     return WrittenFile(n_bytes, digest.hexdigest())
+
+
+def rename_durably(source: Path, target: Path, *, kind: str) -> None:
+    """Give a durable file its name, whatever has it: a folder there is deleted."""
+    crash_point(f"before-rename:{kind}")
+    if target.is_dir():
+        remove(target)
+    source.rename(target)
+    crash_point(f"after-rename:{kind}")
+    fsync_folder(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def link_tree(source: Path, target: Path) -> None:
@@ -124,14 +139,9 @@ def put_link(source: Path, target: Path, *, scratch: Path) -> None:
     make_folder(target.parent)
     try:
         _link_or_copy(source, temporary)
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        temporary.rename(target)
+        rename_durably(temporary, target, kind="link")
+    finally:
         temporary.unlink(missing_ok=True)  # a rename to the same file does nothing
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(target.parent)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

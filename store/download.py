@@ -9,6 +9,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
@@ -51,11 +52,14 @@ class Place(NamedTuple):
     credentials: str  # how they are found there, as advice
 
 
-def try_often(action: Callable[[], T], place: Place, retry: Retry) -> T:
+class MissingFile(FileNotFoundError):
+    """A source has no such file; other FileNotFoundErrors are about this machine's folders."""
+
+
+def try_often(action: Callable[[], T], retry: Retry) -> T:
     """The action's result, where it fails transiently after some more attempts.
 
-    Raises FileNotFoundError with the clean URL, AccessDenied, StoreUnreachable; ShardCorrupt where
-    the content stays wrong; any other StoreError at once.
+    Raises ShardCorrupt or StoreUnreachable where it stays so, and anything else at once.
     """
     attempt = 0
     while True:
@@ -64,25 +68,41 @@ def try_often(action: Callable[[], T], place: Place, retry: Retry) -> T:
             return action()
         except ShardCorrupt as error:
             failure: StoreError = ShardCorrupt(f"{error} It was so {attempt} times.")
-        except StoreError:
-            raise
-        except Exception as error:  # any of four libraries', at the border to them
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise  # this machine's disk
-            kind, found = classify(error), describe(error)
-            if kind == "missing":
-                raise FileNotFoundError(errno.ENOENT, "No such file", place.file) from None
-            if kind == "denied":
-                raise AccessDenied(
-                    f"file at {place.file}: expected access, got {found}. {place.credentials}"
-                ) from None
-            failure = StoreUnreachable(
-                f"file at {place.file}: expected it within {retry.attempts} attempts, got {found}. "
-                "Check the network, then run the same command again: what has come is kept."
-            )
+        except StoreUnreachable as error:
+            failure = error
         if attempt >= retry.attempts:
             raise failure from None
         retry.sleep(min(retry.first_s * 2 ** (attempt - 1), retry.cap_s))
+
+
+@contextmanager
+def source_errors(place: Place, attempts: int, partial: Path | None = None) -> Iterator[None]:
+    """Turn what a library raises into MissingFile, AccessDenied or StoreUnreachable.
+
+    Only for what talks to the source, of which `attempts` are made; what goes wrong with this
+    machine's `partial`, or its full disk, stays what it is.
+    """
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:  # any of four libraries', at the border to them
+        if isinstance(error, OSError) and (
+            error.errno in (errno.ENOSPC, errno.EDQUOT)
+            or (partial is not None and str(error.filename) == str(partial))
+        ):
+            raise
+        kind, found = classify(error), describe(error)
+        if kind == "missing":
+            raise MissingFile(errno.ENOENT, "No such file", place.file) from None
+        if kind == "denied":
+            raise AccessDenied(
+                f"file at {place.file}: expected access, got {found}. {place.credentials}"
+            ) from None
+        raise StoreUnreachable(
+            f"file at {place.file}: expected it within {attempts} attempts, got {found}. "
+            "Check the network, then run the same command again: what has come is kept."
+        ) from None
 
 
 def classify(error: BaseException) -> Literal["missing", "denied", "transient"]:

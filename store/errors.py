@@ -15,6 +15,35 @@
 Every message says what, where, expected and got, and which command to run next.
 """
 
+from pathlib import Path
+
+
+def is_url(where: str) -> bool:
+    """Whether a store is behind a URL; otherwise it is at a path."""
+    return "://" in where or where.startswith("dvc+")
+
+
+def mend(where: str) -> str:
+    """What to do about damage of a store, or of its file, at this path or URL."""
+    if is_url(where):
+        return (
+            "Run the same command again. If it is so again, tell its publisher, or pull from "
+            "another copy."
+        )
+    return f"Run `pipeline store repair {_find_store(Path(where))}`."
+
+
+def _find_store(path: Path) -> Path:
+    """The store that a file is in, by its manifest.json or, without it, the outermost zarr.json."""
+    folder = path if path.is_dir() else path.parent
+    found = folder
+    for parent in (folder, *folder.parents):
+        if (parent / "manifest.json").exists():
+            return parent
+        if (parent / "zarr.json").exists():
+            found = parent
+    return found
+
 
 class StoreError(Exception):
     """Base of every error that a store raises."""

@@ -25,6 +25,14 @@ class StoreFiles(Protocol):
         """The store's path or URL for messages and records; never with credentials."""
         ...
 
+    @property
+    def room_bytes(self) -> int | None:
+        """Bytes of shard files that can be here at a time, None where all of them are.
+
+        A reader that goes back and forth between files of more bytes fetches them anew each time.
+        """
+        ...
+
     def locate(self, path: str) -> str:
         """A file's path or URL for messages; never with credentials."""
         ...
@@ -35,6 +43,10 @@ class StoreFiles(Protocol):
 
     def find_size(self, path: str, file: FileRecord) -> int | None:
         """A shard file's size, None where it is missing; `file`'s own where asking costs a trip."""
+        ...
+
+    def ask_size(self, path: str, file: FileRecord) -> int | None:
+        """As find_size, but asks whatever it costs; `file`'s own where a server does not say."""
         ...
 
     def open(self, path: str, file: FileRecord) -> AbstractContextManager[int]:
@@ -56,6 +68,10 @@ class StoreFiles(Protocol):
         """
         ...
 
+    def cancel_prefetch(self) -> None:
+        """Forget the files that were asked for ahead; those that nobody opens hold up others."""
+        ...
+
 
 class LocalFiles:
     """A store's files in a folder."""
@@ -66,6 +82,10 @@ class LocalFiles:
     @property
     def where(self) -> str:
         return str(self.folder)
+
+    @property
+    def room_bytes(self) -> None:
+        return None
 
     def locate(self, path: str) -> str:
         return str(self.folder / path)
@@ -78,6 +98,9 @@ class LocalFiles:
             return (self.folder / path).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def ask_size(self, path: str, file: FileRecord) -> int | None:
+        return self.find_size(path, file)
 
     @contextmanager
     def open(self, path: str, file: FileRecord) -> Iterator[int]:  # noqa: ARG002
@@ -94,3 +117,6 @@ class LocalFiles:
 
     def prefetch(self, files: Sequence[tuple[str, FileRecord]]) -> None:
         """Nothing: they are here."""
+
+    def cancel_prefetch(self) -> None:
+        """Nothing: none were fetched."""

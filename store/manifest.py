@@ -10,15 +10,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from store.compression import COMPRESSIONS
-from store.errors import ManifestError, StoreMismatch
+from store.errors import ManifestError, StoreMismatch, mend
 from store.layout import ShardSpec, StoreLayout, check_layout
 from store.numbers import FORMATS, VALUE_FORMATS, NumberFormat, Statistics
-from store.shardfile import MEND, ShardFormat
+from store.shardfile import ShardFormat
 
 FORMAT = "activation-store"
 FORMAT_VERSION = 2
@@ -64,10 +64,10 @@ class StoreSpec:
         if not self.hooks or len(set(self.hooks)) < len(self.hooks):
             raise ValueError(f"hooks: expected one or more different names, got {self.hooks}")
         for hook in self.hooks:
-            if not _HOOK_NAME.fullmatch(hook) or hook in _ROOT_FORMATS:
+            if not _HOOK_NAME.fullmatch(hook) or hook in _ROOT_FORMATS or hook.endswith(".json"):
                 raise ValueError(
                     f"hook {hook!r}: expected letters, digits, '_', '.' and '-', and no root "
-                    "array's name"
+                    "array's or file's name"
                 )
         for dtype in (self.acts_dtype, self.grads_dtype):
             if dtype not in VALUE_FORMATS:
@@ -153,9 +153,9 @@ class _Record(BaseModel):
 class FileRecord(_Record):
     """One shard file of one array."""
 
-    bytes: int
-    sha256: str
-    crc32c: tuple[int, ...]  # of each chunk as it is in the file
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # also its name in the shard cache
+    crc32c: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...]  # of each chunk as in the file
     chunk_bytes: tuple[int, ...]  # length of each compressed chunk; empty if not compressed
 
 
@@ -246,6 +246,10 @@ def parse_manifest(content: bytes, file: str) -> Manifest:
     """
     try:
         fields = json.loads(content)
+        if str(fields["format"]).startswith("gsae-"):  # such as a corpus's
+            raise ManifestError(
+                f"format in {file}: expected {FORMAT}, got {fields['format']}. Name a store."
+            )
         _expect(file, "format", FORMAT, fields["format"])
         _expect(file, "format_version", FORMAT_VERSION, fields["format_version"])
         manifest = Manifest.model_validate_json(content)
@@ -254,17 +258,22 @@ def parse_manifest(content: bytes, file: str) -> Manifest:
         first = error.errors()[0]
         reason = f"{first['msg']} at {'.'.join(map(str, first['loc'])) or 'its top'}"
         raise ManifestError(
-            f"manifest at {file}: expected a whole manifest, got {reason}. {MEND}"
+            f"manifest at {file}: expected a whole manifest, got {reason}. {mend(file)}"
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
+        got = {
+            KeyError: f"JSON without the field {error}",
+            TypeError: "JSON of another form",
+            ValueError: f"fields that contradict each other: {error}",
+        }.get(type(error), "broken JSON")
         raise ManifestError(
-            f"manifest at {file}: expected a whole manifest, got {error!r}. {MEND}"
+            f"manifest at {file}: expected a whole manifest, got {got}. {mend(file)}"
         ) from None
     _expect(file, "fingerprint", spec.fingerprint, manifest.fingerprint)
     _expect(file, "checksum", _checksum(manifest.as_dict()), manifest.checksum)
     for record in manifest.shards:
         for line in list_file_faults(spec, record):
-            raise ManifestError(f"manifest at {file}: shard {record.index}: {line}. {MEND}")
+            raise ManifestError(f"manifest at {file}: shard {record.index}: {line}. {mend(file)}")
     return manifest
 
 
@@ -321,6 +330,27 @@ def diff_identities(expected: Any, found: Any, _key: str = "") -> list[str]:
     return lines
 
 
+class Difference(NamedTuple):
+    field: str  # nested ones by dotted names
+    ours: Any  # None where it is not there
+    theirs: Any
+
+
+def list_differences(ours: Any, theirs: Any, _key: str = "") -> list[Difference]:
+    """Every field in which two identities differ."""
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        same = _canonical(ours) == _canonical(theirs)
+        return [] if same else [Difference(_key or "identity", ours, theirs)]
+    found = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        name = f"{_key}.{key}" if _key else key
+        if key in ours and key in theirs:
+            found += list_differences(ours[key], theirs[key], name)
+        else:
+            found.append(Difference(name, ours.get(key), theirs.get(key)))
+    return found
+
+
 def check_identity(
     expected: dict[str, Any], found: dict[str, Any], where: str | Path, advice: str
 ) -> None:
@@ -333,7 +363,7 @@ def check_identity(
 
 def _expect(file: str, field: str, expected: Any, found: Any) -> None:
     if found != expected:
-        raise ManifestError(f"{field} in {file}: expected {expected}, got {found}. {MEND}")
+        raise ManifestError(f"{field} in {file}: expected {expected}, got {found}. {mend(file)}")
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from store.compression import list_codecs
-from store.errors import ManifestError
+from store.errors import ManifestError, mend
 from store.files import StoreFiles
 from store.manifest import FORMAT, FORMAT_VERSION, ArraySpec, StoreSpec
-from store.shardfile import MEND, ShardFormat
+from store.shardfile import ShardFormat
 
 _LITTLE_ENDIAN = {"name": "bytes", "configuration": {"endian": "little"}}
 _CHECKSUM: dict[str, Any] = {"name": "crc32c"}
@@ -61,8 +61,11 @@ def check_node(files: StoreFiles, path: str, expected: dict[str, Any]) -> None:
         found = json.loads(files.read_bytes(path))
         found.keys()
     except (OSError, ValueError, AttributeError, RecursionError) as error:
+        got = "no file" if isinstance(error, FileNotFoundError) else "broken JSON"
+        if isinstance(error, OSError) and error.strerror and got != "no file":
+            got = error.strerror
         raise ManifestError(
-            f"Zarr metadata at {file}: expected a JSON object, got {error!r}. {MEND}"
+            f"Zarr metadata at {file}: expected a JSON object, got {got}. {mend(file)}"
         ) from None
     for key in sorted(expected.keys() | found.keys()):
         if key not in expected and not found[key]:
@@ -70,7 +73,7 @@ def check_node(files: StoreFiles, path: str, expected: dict[str, Any]) -> None:
         if expected.get(key) != found.get(key):
             raise ManifestError(
                 f"{key} in {file}: expected {_shorten(expected.get(key))} as in the manifest, "
-                f"got {_shorten(found.get(key))}. {MEND}"
+                f"got {_shorten(found.get(key))}. {mend(file)}"
             )
 
 

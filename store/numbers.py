@@ -114,7 +114,9 @@ def encode_numbers(values: Tensor, number_format: NumberFormat) -> Stored:
     """
     values = values.detach().contiguous()
     if number_format.scaled:
-        return _encode_scaled(values.float().clamp(-number_format.largest, number_format.largest).numpy())
+        return _encode_scaled(
+            values.float().clamp(-number_format.largest, number_format.largest).numpy()
+        )
     converted = torch.empty_like(values, dtype=number_format.memory)
     for here in _cut_rows(len(values)):
         part = values[here].to(number_format.memory)

@@ -70,6 +70,12 @@ def find_published(spec: StoreSpec, out: Path, *, overwrite: bool = False) -> Ma
 
     Raises as publish does if `out` must not be replaced, so a caller can find out beforehand.
     """
+    for parent in out.absolute().parents:
+        if (parent / MANIFEST_NAME).is_file() and (parent / "zarr.json").is_file():
+            raise StoreMismatch(
+                f"output at {out}: expected a path outside of stores, got one in the store at "
+                f"{parent}. Choose another --out."
+            )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST_NAME).is_file():

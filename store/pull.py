@@ -4,6 +4,10 @@ Metadata and manifest come whole, so that the copy says what it is a part of; `o
 hook=..., allow_partial=True)` reads it. Interrupted, it goes on where it stopped: files that are
 there with the right content are kept. A file has its name only once it is whole, verified and
 durable, and manifest.json comes last.
+
+    .<name>.pull/source  the manifest's checksum: of which store there are files without a manifest
+    .<name>.pull/lock    held by who pulls
+    .<name>.pull/*       files without their final name yet
 """
 
 import hashlib
@@ -15,14 +19,15 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from store.disk import check_room, disk_errors, fsync_folder, make_folder, write_durably
+from store.disk import check_room, disk_errors, make_folder, rename_durably, write_durably
 from store.errors import ManifestError, ShardMissing, StoreError, StoreLocked, StoreMismatch
 from store.files import LocalFiles, StoreFiles
 from store.manifest import MANIFEST_NAME, PROVENANCE_NAME, FileRecord, Manifest, parse_manifest
 from store.metadata import check_metadata, list_metadata
-from store.reader import ActivationStore, list_files
+from store.reader import ActivationStore, list_files, read_manifest_bytes
 
 DOWNLOADS = 4  # at a time
+_SOURCE = "source"
 
 
 class PullPlan(NamedTuple):
@@ -59,12 +64,7 @@ def plan_pull(
     `layer` stands for the one hook of `blocks.<layer>.`. Raises StoreNotFound, ManifestError, and
     StoreError for shards or a hook that the store lacks.
     """
-    try:
-        content = source.read_bytes(MANIFEST_NAME)
-    except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(
-            f"store at {source.where}: expected {MANIFEST_NAME}, got none. Correct the URL."
-        ) from None
+    content = read_manifest_bytes(source)
     manifest = parse_manifest(content, source.locate(MANIFEST_NAME))
     check_metadata(source, manifest.spec)
     n_shards = len(manifest.shards)
@@ -95,9 +95,9 @@ def pull_store(
     Raises StoreMismatch if `out` holds another store, StoreLocked while another process pulls into
     it, DiskFull, ShardMissing, ShardCorrupt, and what the source raises.
     """
-    _refuse_foreign(out, plan.manifest)
     scratch = out.with_name(f".{out.name}.pull")
     with disk_errors(out, plan.bytes):
+        _refuse_foreign(out, scratch, plan.manifest)  # before anything is written
         make_folder(scratch)
         lock = FileLock(scratch / "lock", timeout=0)
         try:
@@ -108,15 +108,18 @@ def pull_store(
                 "it or stop it, then run `pipeline store pull` again."
             ) from None
         try:
+            _refuse_foreign(out, scratch, plan.manifest)  # what others pulled in between
+            checksum = plan.manifest.checksum.encode()
+            write_durably(scratch / _SOURCE, [checksum], scratch=scratch)
             pulled = _copy_files(source, out, plan, scratch, on_progress)
             for path in list_metadata(plan.manifest.spec):
                 write_durably(out / path, [source.read_bytes(path)], scratch=scratch)
             check_metadata(LocalFiles(out), plan.manifest.spec)
             _copy_provenance(source, out, scratch)
             write_durably(out / MANIFEST_NAME, [plan.manifest_bytes], scratch=scratch)
+            shutil.rmtree(scratch, ignore_errors=True)
         finally:
             lock.release()
-        shutil.rmtree(scratch, ignore_errors=True)
     return pulled
 
 
@@ -162,14 +165,13 @@ def _copy_file(source: StoreFiles, out: Path, path: str, record: FileRecord, scr
     partial = scratch / path.replace("/", "+")
     try:
         source.copy(path, record, partial)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise ShardMissing(
             f"shard file at {source.locate(path)}: expected a file, got none. Pull other shards "
             "(--shards), or have it uploaded again."
         ) from None
     make_folder((out / path).parent)
-    partial.rename(out / path)
-    fsync_folder((out / path).parent)
+    rename_durably(partial, out / path, kind="pulled")
 
 
 def _is_whole(path: Path, record: FileRecord) -> bool:
@@ -179,18 +181,29 @@ def _is_whole(path: Path, record: FileRecord) -> bool:
                 path.stat().st_size == record.bytes
                 and hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
             )
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return False
 
 
-def _refuse_foreign(out: Path, manifest: Manifest) -> None:
+def _refuse_foreign(out: Path, scratch: Path, manifest: Manifest) -> None:
     """Shards of two stores, or of one store made twice with other bytes, are never mixed."""
+    advice = "Choose another --out."
     try:
         found = parse_manifest((out / MANIFEST_NAME).read_bytes(), str(out / MANIFEST_NAME))
-    except (FileNotFoundError, NotADirectoryError, ManifestError):
-        if not out.exists() or (out.is_dir() and _list_others(out, manifest) == []):
-            return  # nothing, or an earlier pull that was cut before its manifest
-        got = "other files"
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ManifestError):
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return
+        if out.is_dir() and _list_others(out, manifest) == []:
+            former = _read_source(scratch)
+            if former == manifest.checksum:
+                return  # an earlier pull that was cut before its manifest
+            got = "files of another or an unknown store, without a manifest"
+            advice = f"Choose another --out, or run `pipeline store repair {out}`."
+            if former is not None:
+                got = "an unfinished pull of another store"
+                advice = "Finish that one with its own URL, or choose another --out."
+        else:
+            got = "other files"
     else:
         if found == manifest:
             return
@@ -198,8 +211,16 @@ def _refuse_foreign(out: Path, manifest: Manifest) -> None:
         got += ", made anew with other bytes" * (found.fingerprint == manifest.fingerprint)
     raise StoreMismatch(
         f"folder at {out}: expected nothing, or a part of the store {manifest.fingerprint[:16]}, "
-        f"got {got}. Choose another --out."
+        f"got {got}. {advice}"
     )
+
+
+def _read_source(scratch: Path) -> str | None:
+    """The checksum of the store that an unfinished pull is of."""
+    try:
+        return (scratch / _SOURCE).read_text()
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+        return None
 
 
 def _list_others(out: Path, manifest: Manifest) -> list[str]:
@@ -212,6 +233,6 @@ def _list_others(out: Path, manifest: Manifest) -> list[str]:
 def _copy_provenance(source: StoreFiles, out: Path, scratch: Path) -> None:
     try:
         content = source.read_bytes(PROVENANCE_NAME)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return  # it decides nothing
     write_durably(out / PROVENANCE_NAME, [content], scratch=scratch)

@@ -9,6 +9,7 @@ each chunk that it touches by the checksums in the manifest. Readers go by the m
 an array's shape.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +22,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from store.errors import ManifestError, ShardCorrupt, ShardMissing, StoreError, StoreNotFound
+from store.errors import (
+    ManifestError,
+    ShardCorrupt,
+    ShardMissing,
+    StoreError,
+    StoreNotFound,
+    is_url,
+    mend,
+)
 from store.files import LocalFiles, StoreFiles
 from store.layout import ShardSpec, permute_rows
 from store.manifest import (
@@ -36,7 +45,7 @@ from store.manifest import (
 )
 from store.metadata import check_metadata
 from store.numbers import Stored, decode_numbers
-from store.shardfile import MEND, ShardFormat, check_shard, read_chunk
+from store.shardfile import ShardFormat, check_shard, read_chunk
 
 COLUMNS = ("tokens", "loss", "block", "position")  # of every hook alike
 Slots = np.ndarray | range  # of a shard; a range with step 1
@@ -107,7 +116,8 @@ class ActivationStore:
             return self.hooks[0]
         if hook not in self.hooks:
             raise StoreError(
-                f"hook at {self.where}: expected one of {self.hooks}, got {hook or 'none'}. "
+                f"hook at {self.where}: expected one of {', '.join(self.hooks)}, got "
+                f"{hook or 'none'}. "
                 "Name one of these, or run `pipeline cache` with that layer too."
             )
         return hook
@@ -163,7 +173,7 @@ class ActivationStore:
             listed = "; ".join(f"{file.path} ({file.problem})" for file in damage)
             raise ShardCorrupt(
                 f"store at {self.where}: expected the bytes in the manifest, "
-                f"got {len(damage)} damaged files: {listed}. {MEND}"
+                f"got {len(damage)} damaged files: {listed}. {mend(self.where)}"
             )
 
     def _find_shard(self, shard: int) -> ShardSpec:
@@ -208,10 +218,8 @@ class ActivationStore:
         return decode_numbers(self.read_stored(shard, path, slots), self.arrays[path].numbers)
 
     @contextmanager
-    def open_array(
-        self, shard: int, path: str, memory: np.ndarray | None = None
-    ) -> Iterator[Callable[[int], np.ndarray]]:
-        """Keep a shard's file of one array open; yields what reads a chunk of it by its number.
+    def open_array(self, shard: int, path: str) -> Iterator[Callable[..., np.ndarray]]:
+        """Keep a shard's file of one array open; yields `read(chunk, memory=None)`.
 
         A chunk is [rows_per_chunk, *row_shape] of the disk dtype, writable, checked, with padding.
         It may lie in `memory`, of uint8, where that is given and large enough.
@@ -223,7 +231,7 @@ class ActivationStore:
         lengths = file_record.chunk_bytes
         with _open_shard(self.files, name, file_record) as file:
             check_shard(file, shard_format, array.count_rows(record.spec), where, lengths)
-            yield lambda chunk: read_chunk(
+            yield lambda chunk, memory=None: read_chunk(
                 file, chunk, shard_format, file_record.crc32c, where, lengths, memory
             )
 
@@ -283,7 +291,7 @@ def open_store(
         raise ShardMissing(
             f"store at {store.where}: expected every shard, got {len(missing)} of "
             f"{len(store.shards)} shards missing (the first file is {next(iter(missing.values()))})"
-            f". {MEND}"
+            f". {mend(store.where)}"
         )
     return replace(store, present=tuple(i for i in store.present if i not in missing))
 
@@ -292,7 +300,7 @@ def open_files(
     source: str | Path, *, cache_root: str | None = None, cache_bytes: int | None = None
 ) -> StoreFiles:
     """The files at a path or URL; a URL's shards come through the ShardCache at `cache_root`."""
-    if "://" in str(source) or str(source).startswith("dvc+"):
+    if is_url(str(source)):
         from store.remote import open_remote  # with its libraries, which a path needs not
         from store.shard_cache import ShardCache
 
@@ -313,7 +321,7 @@ def find_missing(store: ActivationStore, hook: str | None = None) -> dict[int, s
         elif found != file.record.bytes:
             raise ShardCorrupt(
                 f"shard file at {store.files.locate(file.path)}: expected {file.record.bytes} "
-                f"bytes, got {found}. {MEND}"
+                f"bytes, got {found}. {mend(store.where)}"
             )
     return missing
 
@@ -335,21 +343,48 @@ def list_files(store: ActivationStore, hook: str | None = None) -> Iterator[List
 
 def read_manifest(files: StoreFiles) -> Manifest:
     """Read and check a store's manifest. Raises StoreNotFound if there is none, ManifestError."""
+    return parse_manifest(read_manifest_bytes(files), files.locate(MANIFEST_NAME))
+
+
+def read_manifest_bytes(files: StoreFiles) -> bytes:
+    """manifest.json as it is, unchecked. Raises StoreNotFound if there is none, ManifestError."""
     try:
-        content = files.read_bytes(MANIFEST_NAME)
+        return files.read_bytes(MANIFEST_NAME)
     except IsADirectoryError:
         raise ManifestError(
-            f"manifest at {files.locate(MANIFEST_NAME)}: expected a file, got a folder. {MEND}"
+            f"manifest at {files.locate(MANIFEST_NAME)}: expected a file, got a folder. "
+            f"{mend(files.where)}"
         ) from None
     except (FileNotFoundError, NotADirectoryError):
-        local = isinstance(files, LocalFiles)
-        advice = (
-            "Run `pipeline cache` to make it." if local else "Correct the URL, or push it there."
-        )
         raise StoreNotFound(
-            f"store at {files.where}: expected a folder with {MANIFEST_NAME}, got none. {advice}"
+            f"store at {files.where}: expected a folder with {MANIFEST_NAME}, got "
+            f"{_describe_other(files)}"
         ) from None
-    return parse_manifest(content, files.locate(MANIFEST_NAME))
+
+
+def locate_pull(folder: Path) -> Path:
+    """The folder beside a store in which an unfinished pull keeps what it needs to go on."""
+    return folder.with_name(f".{folder.name}.pull")
+
+
+def _describe_other(files: StoreFiles) -> str:
+    """What is there instead of a store, and what to do about it."""
+    if not isinstance(files, LocalFiles):
+        return "none. Correct the URL, or have the store uploaded there."
+    folder = files.folder
+    if re.match(r"[a-z0-9+]+:/", files.where):
+        return f"none. Write a URL with two slashes, as in {files.where.replace(':/', '://', 1)}."
+    if locate_pull(folder).exists():
+        return "a pull that was interrupted. Run the same `pipeline store pull` again."
+    if (folder / "zarr.json").exists():
+        return f"a store without it. Run `pipeline store repair {folder}`."
+    if (folder / "config.json").exists():
+        return "a folder of SAEs or of a model. Name a store, or make one with `pipeline cache`."
+    if folder.is_file():
+        return "a file. Name a store's folder, or make one with `pipeline cache`."
+    if folder.is_dir():
+        return "a folder of something else. Name a store, or make one with `pipeline cache`."
+    return "no such folder. Correct the path, or make the store with `pipeline cache`."
 
 
 @contextmanager
@@ -359,6 +394,7 @@ def _open_shard(files: StoreFiles, path: str, record: FileRecord) -> Iterator[in
             descriptor = opened.enter_context(files.open(path, record))
         except (FileNotFoundError, NotADirectoryError):
             raise ShardMissing(
-                f"shard file at {files.locate(path)}: expected a file, got none. {MEND}"
+                f"shard file at {files.locate(path)}: expected a file, got none. "
+                f"{mend(files.where)}"
             ) from None
         yield descriptor

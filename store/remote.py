@@ -15,15 +15,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from store.backends import Remote, plan_dvc, plan_http, plan_s3, plan_ssh, strip_url
-from store.download import Place, Retry, fill_verified, try_often
+from store.download import Place, Retry, fill_verified, source_errors, try_often
 from store.errors import ShardCorrupt, StoreError
 from store.files import LocalFiles, StoreFiles
 from store.manifest import FileRecord
 from store.shard_cache import ShardCache
+
+T = TypeVar("T")
 
 DOWNLOADS = 4  # at a time, in the background
 
@@ -47,14 +49,31 @@ class RemoteFiles:
         self._ahead: dict[str, int] = {}  # bytes of files prefetched and not yet opened, by sha256
         self._running = 0
 
+    @property
+    def room_bytes(self) -> int:
+        return self.cache.limit_bytes
+
     def locate(self, path: str) -> str:
         return f"{self.where}/{path}"
 
     def read_bytes(self, path: str) -> bytes:
-        return self._try(path, lambda system, address: system.cat_file(address))
+        def attempt() -> bytes:
+            return self._ask(path, lambda system, address: system.cat_file(address))
+
+        return try_often(attempt, self._retry)
 
     def find_size(self, path: str, file: FileRecord) -> int | None:  # noqa: ARG002
         return file.bytes
+
+    def ask_size(self, path: str, file: FileRecord) -> int | None:
+        def attempt() -> int | None:
+            return self._ask(path, _find_size)
+
+        try:
+            found = try_often(attempt, self._retry)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return file.bytes if found is None else found
 
     @contextmanager
     def open(self, path: str, file: FileRecord) -> Iterator[int]:
@@ -72,13 +91,10 @@ class RemoteFiles:
             os.close(descriptor)
 
     def copy(self, path: str, file: FileRecord, target: Path) -> None:
-        def attempt(system: Any, address: str) -> None:
-            def download(partial: Path) -> None:
-                self._remote.download(system, address, partial, file)
+        def attempt() -> None:
+            fill_verified(target, file, self._downloader(path, file), self.locate(path))
 
-            fill_verified(target, file, download, self.locate(path))
-
-        self._try(path, attempt)
+        try_often(attempt, self._retry)
 
     def prefetch(self, files: Sequence[tuple[str, FileRecord]]) -> None:
         """Bounded by half of the cache's limit, so that nothing is evicted before it is read."""
@@ -87,14 +103,16 @@ class RemoteFiles:
             self._waiting.extend(item for item in files if item[1].sha256 not in asked)
         self._start_downloads()
 
+    def cancel_prefetch(self) -> None:
+        with self._planning:
+            self._waiting.clear()
+            self._ahead.clear()
+
     def _open_cached(self, path: str, file: FileRecord) -> int:
-        def attempt(system: Any, address: str) -> int:
-            def download(partial: Path) -> None:
-                self._remote.download(system, address, partial, file)
+        def attempt() -> int:
+            return self.cache.open(file, self._downloader(path, file), self.locate(path))
 
-            return self.cache.open(file, download, self.locate(path))
-
-        return self._try(path, attempt)
+        return try_often(attempt, self._retry)
 
     def _start_downloads(self) -> None:
         """A thread for each waiting file that fits, up to DOWNLOADS; no thread outlives its file.
@@ -105,7 +123,7 @@ class RemoteFiles:
         with self._planning:
             while self._waiting and self._running < DOWNLOADS:
                 path, file = self._waiting[0]
-                if self._ahead and sum(self._ahead.values()) + file.bytes > self._room():
+                if self._ahead and sum(self._ahead.values()) + file.bytes > self.room_bytes // 2:
                     return
                 self._waiting.popleft()
                 self._ahead[file.sha256] = file.bytes
@@ -113,9 +131,6 @@ class RemoteFiles:
                 threading.Thread(
                     target=self._download_ahead, args=(path, file), name="shard-fetch", daemon=True
                 ).start()
-
-    def _room(self) -> int:
-        return self.cache.limit_bytes // 2
 
     def _download_ahead(self, path: str, file: FileRecord) -> None:
         try:
@@ -136,22 +151,41 @@ class RemoteFiles:
         if known:
             self._start_downloads()
 
-    def _try(self, path: str, action: Callable[[Any, str], Any]) -> Any:
-        def attempt() -> Any:
-            try:
-                return action(self._connect(), self._remote.address(path))
-            except Exception:
-                if self._remote.reconnect:
-                    self._connection = None
-                raise
+    def _downloader(self, path: str, file: FileRecord) -> Callable[[Path], None]:
+        """What makes one attempt to bring a file's content."""
 
-        return try_often(attempt, Place(self.locate(path), self._remote.credentials), self._retry)
+        def download(partial: Path) -> None:
+            def get(system: Any, address: str) -> None:
+                self._remote.download(system, address, partial, file)
+
+            self._ask(path, get, partial)
+
+        return download
+
+    def _ask(self, path: str, action: Callable[[Any, str], T], partial: Path | None = None) -> T:
+        """The action's result with the file system and the file's address; one attempt."""
+        place = Place(self.locate(path), self._remote.credentials)
+        try:
+            with source_errors(place, self._retry.attempts, partial):
+                return action(self._connect(), self._remote.address(path))
+        except Exception:
+            if self._remote.reconnect:
+                self._connection = None
+            raise
 
     def _connect(self) -> Any:
         with self._connecting:
             if self._connection is None:
                 self._connection = self._remote.connect()
             return self._connection
+
+
+def _find_size(system: Any, address: str) -> int | None:
+    """What the remote says of a file, without its content; None where it says no size."""
+    try:
+        return system.info(address).get("size")
+    except FileNotFoundError as error:  # fsspec makes it of every HTTP failure
+        raise error.__cause__ or error from None
 
 
 def open_remote(

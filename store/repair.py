@@ -9,12 +9,12 @@ names, such as one in DVC's cache.
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from store.disk import disk_errors, put_link, write_durably
+from store.adoption import adopt_shard, list_shard, place, read_facts, read_provenance
+from store.disk import disk_errors, remove, write_durably
 from store.errors import (
     ManifestError,
     ShardCorrupt,
@@ -26,22 +26,20 @@ from store.files import LocalFiles, StoreFiles
 from store.lock import lock_work
 from store.manifest import (
     MANIFEST_NAME,
-    PROVENANCE_NAME,
     Manifest,
+    build_manifest,
     check_identity,
     encode_manifest,
-    locate_shard,
 )
-from store.reader import ListedFile, read_manifest
+from store.reader import ListedFile, locate_pull, read_manifest
 from store.verify import DamagedFile, describe_damage, verify_full
 from store.work import (
-    Commit,
     forget_shard,
     locate_work,
     read_commits,
+    read_spec,
     store_folder,
     sweep,
-    write_commit,
 )
 from store.writer import prepare_work
 
@@ -82,7 +80,7 @@ def repair(
     another store, StoreLocked while the store is being written.
     """
     files = LocalFiles(path)
-    manifest, restored = _find_manifest(files, source)
+    manifest, restored = _find_manifest(files, source, work)
     damage = [] if restored else verify_full(files, on_progress)
     if not damage and not restored:
         return RepairReport(False, (), (), ())
@@ -93,19 +91,24 @@ def repair(
         sweep(work)
         if restored:
             content = [encode_manifest(manifest)]
-            _remove(path / MANIFEST_NAME)
+            remove(path / MANIFEST_NAME)
             write_durably(path / MANIFEST_NAME, content, scratch=work / "scratch", kind="manifest")
             damage = verify_full(files, on_progress)
         metadata = tuple(file.path for file in damage if file.shard is None)
         for name in metadata:
-            _place(work, store_folder(work) / name, (path / name,))
+            place(work, store_folder(work) / name, (path / name,))
         shards = tuple(
             _repair_shard(path, work, manifest, source, shard, bad)
             for shard, bad in _group(damage).items()
         )
         report = RepairReport(restored, metadata, shards, ())
         if report.dropped or had_work:
-            _adopt_good_shards(path, work, manifest, set(report.dropped))
+            commits, facts = read_commits(work, manifest.spec), read_facts(path)
+            for record in manifest.shards:
+                commit = commits.get(record.index)
+                same = commit is not None and commit.record == record
+                if record.index not in report.dropped and not same:
+                    adopt_shard(path, work, record, facts)
     return report._replace(notes=_compare_machines(path, report.dropped, machine or {}))
 
 
@@ -113,19 +116,27 @@ def _largest_file(manifest: Manifest) -> int:
     return max(file.bytes for shard in manifest.shards for file in shard.files.values())
 
 
-def _find_manifest(files: LocalFiles, source: StoreFiles | None) -> tuple[Manifest, bool]:
-    """The store's manifest; the source's, and True, where it is broken."""
+def _find_manifest(
+    files: LocalFiles, source: StoreFiles | None, work: Path | None
+) -> tuple[Manifest, bool]:
+    """The store's manifest; where it is broken, the source's or the work folder's, and True."""
     theirs = None if source is None else read_manifest(source)
     try:
         ours = read_manifest(files)
     except (ManifestError, StoreNotFound) as error:
+        fingerprint = _read_fingerprint(files)
         if theirs is None or source is None:
+            if fingerprint and (rebuilt := _rebuild_manifest(files.folder, fingerprint, work)):
+                return rebuilt, True
+            if fingerprint is None or locate_pull(files.folder).exists():
+                raise
             raise type(error)(
-                f"{error} Only a whole copy can replace it: "
-                f"`pipeline store repair {files.where} --from URL`. Without one, move that folder "
-                "away and run `pipeline cache`, which keeps what its work folder has."
+                f"manifest at {files.locate(MANIFEST_NAME)}: expected a whole one, got a broken "
+                "one or none, and no work folder with every shard to make it again from. Take that "
+                f"of another copy with `pipeline store repair {files.where} --from STORE`, or move "
+                "the folder away and run `pipeline cache`."
             ) from None
-        if _read_fingerprint(files) != theirs.fingerprint:
+        if fingerprint != theirs.fingerprint:
             raise StoreMismatch(
                 f"store at {files.where}: expected to be a damaged copy of {source.where}, got "
                 "another fingerprint or none. Name a copy of the same store with --from."
@@ -136,6 +147,21 @@ def _find_manifest(files: LocalFiles, source: StoreFiles | None) -> tuple[Manife
             ours.identity, theirs.identity, source.where, "Name a copy of the same store."
         )
     return ours, False
+
+
+def _rebuild_manifest(path: Path, fingerprint: str, work: Path | None) -> Manifest | None:
+    """The manifest that publishing would write now; None without a commit for every shard."""
+    work = work or locate_work(path, fingerprint)
+    try:
+        spec = read_spec(work)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if spec.fingerprint != fingerprint:
+        return None
+    commits = read_commits(work, spec)
+    if len(commits) < len(spec.layout.shards):
+        return None
+    return build_manifest(spec, [commits[shard.index].record for shard in spec.layout.shards])
 
 
 def _read_fingerprint(files: LocalFiles) -> str | None:
@@ -169,24 +195,21 @@ def _repair_shard(
 ) -> RepairedShard:
     """Replace the shard's bad files, or give the shard up."""
     names = tuple(file.path for file in bad)
-    listed = {
-        locate_shard(array, index): ListedFile(index, locate_shard(array, index), record)
-        for array, record in manifest.shards[index].files.items()
-    }
+    listed = list_shard(manifest.shards[index])
     wanted = [listed[name] for name in names]
     if not any(file.as_recorded for file in bad):
         own = LocalFiles(store_folder(work))
         if all(describe_damage(own, file) is None for file in wanted):
             for file in wanted:
-                _place(work, store_folder(work) / file.path, (path / file.path,))
+                place(work, store_folder(work) / file.path, (path / file.path,))
             return RepairedShard(index, names, "relinked")
         if source is not None and all(_fetch(path, work, source, file) for file in wanted):
             return RepairedShard(index, names, "fetched")
     forget_shard(work, index)
     for name in names:
-        _remove(path / name)
+        remove(path / name)
     for name in listed:
-        _remove(store_folder(work) / name)
+        remove(store_folder(work) / name)
     return RepairedShard(index, names, "dropped")
 
 
@@ -195,7 +218,7 @@ def _fetch(path: Path, work: Path, source: StoreFiles, file: ListedFile) -> bool
     draft = work / "scratch" / f"fetched-{os.getpid()}"
     try:
         source.copy(file.path, file.record, draft)
-        _place(work, draft, (store_folder(work) / file.path, path / file.path))
+        place(work, draft, (store_folder(work) / file.path, path / file.path))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ShardMissing, ShardCorrupt):
         return False  # it has no such file; if it cannot be reached, that is for the user to mend
     finally:
@@ -203,56 +226,12 @@ def _fetch(path: Path, work: Path, source: StoreFiles, file: ListedFile) -> bool
     return True
 
 
-def _adopt_good_shards(path: Path, work: Path, manifest: Manifest, dropped: set[int]) -> None:
-    """Commit every good shard of the store that the work folder lacks or has otherwise."""
-    commits, facts = read_commits(work, manifest.spec), _read_facts(path)
-    for record in manifest.shards:
-        commit = commits.get(record.index)
-        if record.index in dropped or (commit is not None and commit.record == record):
-            continue
-        forget_shard(work, record.index)
-        for array in record.files:
-            name = locate_shard(array, record.index)
-            _place(work, path / name, (store_folder(work) / name,))
-        write_commit(work, Commit(record=record, facts=facts.get(record.index, {})))
-
-
-def _place(work: Path, file: Path, targets: Iterable[Path]) -> None:
-    for target in targets:
-        put_link(file, target, scratch=work / "scratch")
-
-
-def _remove(file: Path) -> None:
-    if file.is_dir() and not file.is_symlink():
-        shutil.rmtree(file)
-    else:
-        file.unlink(missing_ok=True)
-
-
-def _read_provenance(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((path / PROVENANCE_NAME).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _read_facts(path: Path) -> dict[int, dict[str, Any]]:
-    """Who computed each shard, as far as provenance.json can be read."""
-    shards = _read_provenance(path).get("shards")
-    return {
-        shard["index"]: {key: value for key, value in shard.items() if key != "index"}
-        for shard in (shards if isinstance(shards, list) else [])
-        if isinstance(shard, dict) and isinstance(shard.get("index"), int)
-    }
-
-
 def _compare_machines(
     path: Path, dropped: Sequence[int], machine: Mapping[str, Any]
 ) -> tuple[str, ...]:
     """Where this machine is not the one that computed the dropped shards."""
-    versions = _read_provenance(path).get("versions")
-    facts = _read_facts(path)
+    versions = read_provenance(path).get("versions")
+    facts = read_facts(path)
     notes = []
     for index in dropped:
         recorded = {**(versions if isinstance(versions, dict) else {}), **facts.get(index, {})}

@@ -11,6 +11,7 @@ removing the least recently used files. A reader's open descriptor outlives its 
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,8 +20,8 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from store.disk import free_bytes, fsync_folder
-from store.download import fill_verified
+from store.disk import free_bytes, remove, rename_durably
+from store.download import MissingFile, fill_verified
 from store.errors import DiskFull, StoreError
 from store.manifest import FileRecord
 
@@ -49,7 +50,7 @@ class ShardCache:
         self.root = find_root() if root is None else Path(root)
         self.limit_bytes = find_limit() if limit_bytes is None else limit_bytes
 
-    def open(self, file: FileRecord, download: Callable[[Path], None], where: str) -> int:
+    def open(self, file: FileRecord, download: Callable[[Path], object], where: str) -> int:
         """A descriptor of the file, after `download` (into a path) if it is not here.
 
         One process downloads, others wait for it. Raises what `download` raises, ShardCorrupt where
@@ -70,15 +71,15 @@ class ShardCache:
 
     def discard(self, file: FileRecord, descriptor: int) -> None:
         """Remove the file if it is still the one that `descriptor` reads."""
-        with suppress(FileNotFoundError):
+        with self._local_errors(needed_bytes=0), suppress(FileNotFoundError, NotADirectoryError):
             if os.path.samestat(self._locate(file).stat(), os.fstat(descriptor)):
-                self._locate(file).unlink()
+                remove(self._locate(file))
 
     def collect(self, limit_bytes: int) -> Collected:
         """Remove dead partials, then least recently used files until the rest fits the limit."""
         if not self.root.is_dir():
             return Collected(0, 0, 0)
-        with FileLock(self.root / "lock"):
+        with self._local_errors(needed_bytes=0), FileLock(self.root / "lock"):
             before = self._list_files() + self._list_partials()
             self._make_room(limit_bytes)
             after = self._list_files() + self._list_partials()
@@ -102,30 +103,34 @@ class ShardCache:
 
     def _take(self, file: FileRecord) -> int | None:
         path = self._locate(file)
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        if os.fstat(descriptor).st_size != file.bytes:
-            self.discard(file, descriptor)
-            os.close(descriptor)
+        with self._local_errors(needed_bytes=0):
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        found = os.fstat(descriptor)
+        if found.st_size != file.bytes or not stat.S_ISREG(found.st_mode):
+            try:
+                self.discard(file, descriptor)
+            finally:
+                os.close(descriptor)
             return None
         with suppress(PermissionError):  # another user's, in a cache that users share
             os.utime(descriptor)
         return descriptor
 
-    def _fetch(self, file: FileRecord, download: Callable[[Path], None], where: str) -> int:
+    def _fetch(self, file: FileRecord, download: Callable[[Path], object], where: str) -> int:
         path, partial = self._locate(file), self._reserve(file)
         descriptor = None
         try:
-            with self._local_errors(file.bytes, only_full=True):
+            with self._local_errors(file.bytes):
                 fill_verified(partial, file, download, where)
-            descriptor = os.open(partial, os.O_RDONLY)  # before others can evict it
-            path.parent.mkdir(exist_ok=True)
-            partial.rename(path)
-            fsync_folder(path.parent)
+                descriptor = os.open(partial, os.O_RDONLY)  # before others can evict it
+                path.parent.mkdir(exist_ok=True)
+                rename_durably(partial, path, kind="cached")
         except BaseException:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # the first error tells more
+                remove(partial)
             if descriptor is not None:
                 os.close(descriptor)
             raise
@@ -136,7 +141,7 @@ class ShardCache:
         partial = self.root / "partial" / f"{file.sha256}.{file.bytes}"
         with self._local_errors(file.bytes):
             partial.parent.mkdir(exist_ok=True)
-            partial.unlink(missing_ok=True)  # a dead process's: its lock is ours
+            remove(partial)  # a dead process's: its lock is ours
             while True:
                 with FileLock(self.root / "lock"):
                     if self._make_room(self.limit_bytes - file.bytes):
@@ -148,7 +153,7 @@ class ShardCache:
         """Remove what is needed to get under the limit; whether that was possible."""
         for partial in self._list_partials():
             with suppress(Timeout), self._lock(partial.path.stem, timeout=0.0):
-                partial.path.unlink(missing_ok=True)  # nobody downloads it any more
+                remove(partial.path)  # nobody downloads it any more
         coming = sum(entry.bytes for entry in self._list_partials())
         if coming > limit_bytes:
             return False
@@ -157,7 +162,7 @@ class ShardCache:
         for entry in files:
             if total <= limit_bytes:
                 break
-            entry.path.unlink(missing_ok=True)
+            remove(entry.path)
             total -= entry.bytes
         return True
 
@@ -177,9 +182,11 @@ class ShardCache:
         ]
 
     @contextmanager
-    def _local_errors(self, needed_bytes: int, *, only_full: bool = False) -> Iterator[None]:
+    def _local_errors(self, needed_bytes: int) -> Iterator[None]:
         try:
             yield
+        except MissingFile:
+            raise  # the source's
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(
@@ -187,11 +194,11 @@ class ShardCache:
                     f"bytes, got {free_bytes(self.root):,}. Make room (`pipeline store gc`) or "
                     "name a folder elsewhere (run.shard_cache), then run the same command again."
                 ) from None
-            if only_full or isinstance(error, Timeout):
+            if isinstance(error, Timeout):
                 raise
             raise StoreError(
                 f"shard cache at {self.root}: expected a folder that can be written, got "
-                f"{error.strerror}. Name another with run.shard_cache or GSAE_SHARD_CACHE."
+                f"{error.strerror or error}. Name another with run.shard_cache or GSAE_SHARD_CACHE."
             ) from None
 
 

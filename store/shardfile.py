@@ -15,16 +15,12 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import google_crc32c
+import crc32c
 import numpy as np
 
 from store.compression import compress, decompress
-from store.errors import ShardCorrupt
+from store.errors import ShardCorrupt, mend
 
-MEND = (
-    "Run `pipeline store repair` on that store: it takes good copies from where there are some "
-    "(--from URL) and leaves the rest to `pipeline cache`."
-)
 CHECKSUM_BYTES = 4
 _ABSENT = 2**64 - 1
 
@@ -75,12 +71,12 @@ def encode_shard(rows: np.ndarray, shard_format: ShardFormat) -> EncodedShard:
             padded = np.full((step, *shard_format.row_shape), shard_format.fill, shard_format.disk)
             padded[: len(chunk)] = chunk
             chunk = padded
-        content = chunk
+        content = chunk.data
         if shard_format.compression != "none":
-            content = compress(chunk, shard_format.compression)
+            content = memoryview(compress(chunk, shard_format.compression))
             lengths.append(len(content))
-        checksum = google_crc32c.value(content)  # type: ignore[arg-type]  # takes any contiguous buffer
-        pieces += [memoryview(content), checksum.to_bytes(CHECKSUM_BYTES, "little")]  # type: ignore[arg-type]
+        checksum = crc32c.crc32c(content)
+        pieces += [content, checksum.to_bytes(CHECKSUM_BYTES, "little")]
         checksums.append(checksum)
     index = encode_index(len(rows), shard_format, lengths)
     return EncodedShard((*pieces, index), tuple(checksums), tuple(lengths))
@@ -97,7 +93,7 @@ def encode_index(n_rows: int, shard_format: ShardFormat, chunk_bytes: Sequence[i
     index[:n_chunks, 0] = np.cumsum(lengths) - lengths
     index[:n_chunks, 1] = lengths
     content = index.tobytes()
-    return content + google_crc32c.value(content).to_bytes(CHECKSUM_BYTES, "little")
+    return content + crc32c.crc32c(content).to_bytes(CHECKSUM_BYTES, "little")
 
 
 def check_shard(
@@ -114,11 +110,14 @@ def check_shard(
     expected = shard_format.file_bytes(n_rows, chunk_bytes)
     found = os.fstat(file).st_size
     if found != expected:
-        raise ShardCorrupt(f"shard file at {where}: expected {expected} bytes, got {found}. {MEND}")
+        raise ShardCorrupt(
+            f"shard file at {where}: expected {expected} bytes, got {found}. {mend(where)}"
+        )
     index = encode_index(n_rows, shard_format, chunk_bytes)
     if os.pread(file, len(index), expected - len(index)) != index:
         raise ShardCorrupt(
-            f"shard file at {where}: expected the index of {n_rows} rows, got another. {MEND}"
+            f"shard file at {where}: expected the index of {n_rows} rows, got another. "
+            f"{mend(where)}"
         )
 
 
@@ -147,16 +146,18 @@ def read_chunk(
     content = buffer[: min(length, n_read)]
     expected = checksums[chunk]
     stored = int.from_bytes(buffer[length:n_read].tobytes(), "little")
-    found = (google_crc32c.value(content), stored)  # type: ignore[arg-type]
+    found = (crc32c.crc32c(content.data), stored)
     if n_read != len(buffer) or found != (expected, expected):
         raise ShardCorrupt(
             f"chunk {chunk} at {where}: expected crc32c {expected:08x} as in the manifest, got "
             f"{found[0]:08x} with "
-            f"{found[1]:08x} stored beside it. {MEND}"
+            f"{found[1]:08x} stored beside it. {mend(where)}"
         )
     if shard_format.compression != "none":
         try:
             content = decompress(content, shard_format.compression, shard_format.chunk_bytes)
         except ValueError as error:
-            raise ShardCorrupt(f"chunk {chunk} at {where}: expected {error}. {MEND}") from None
+            raise ShardCorrupt(
+                f"chunk {chunk} at {where}: expected {error}. {mend(where)}"
+            ) from None
     return content.view(shard_format.disk).reshape(-1, *shard_format.row_shape)

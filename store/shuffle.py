@@ -40,6 +40,11 @@ def size_slices(batch_size: int, window: int) -> int:
     return max(MIN_SLICE_ROWS, batch_size // window)
 
 
+def slice_rank(batch_size: int, rank: int, world_size: int) -> range:
+    """One rank's rows of a batch."""
+    return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+
 def plan_batches(
     rows_per_shard: Sequence[int],
     *,
@@ -70,7 +75,7 @@ def plan_batches(
         )
         for epoch in itertools.count(first_epoch)
     )
-    own = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+    own = slice_rank(batch_size, rank, world_size)
     batch: list[Slice] = []
     filled = 0
     for lane, shard, first, stop in slices:

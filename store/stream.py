@@ -2,10 +2,8 @@
 
 import itertools
 import queue
-import sys
 import threading
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from typing import NamedTuple, TypeVar
 
@@ -15,13 +13,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from store.errors import StoreError
-from store.lanes import ArrayReader, OpenShard, Run
+from store.lanes import ArrayDecoder, ArrayReader, OpenShard, Run
+from store.numbers import Stored
 from store.reader import ActivationStore, list_files
-from store.shuffle import Slice, plan_batches
-from store.stream_plan import BATCHES_ALIVE, PREFETCHED_BATCHES, StreamPlan
+from store.shuffle import Slice, plan_batches, slice_rank
+from store.stream_plan import PREFETCHED_BATCHES, PREFETCHED_PARTS, StreamPlan
 
-SHARDS_AHEAD = 2  # that a remote is asked for before they are opened
+SHARDS_AHEAD = 2  # that a remote is asked for at first, before they are opened; later a window's
 _THREAD = "store-prefetch"
+_CLOSE_TIMEOUT_S = 1.0
 
 T = TypeVar("T")
 
@@ -49,8 +49,9 @@ def stream_batches(
 
     Rank r of w gets rows r * batch_size // w to (r + 1) * batch_size // w, and reads activations
     and gradients of those only; the ranks' parts one after another are what one reader would get.
-    No tensor is used twice. Raises StoreError at once if the plan has no `first_batch`; while
-    streaming, ShardCorrupt or ShardMissing.
+    The memory of a batch is used again once nobody holds one of its tensors or a view of it.
+    Raises StoreError at once if the plan has no `first_batch`; while streaming, ShardCorrupt or
+    ShardMissing.
     """
     assert 0 <= rank < world_size <= plan.batch_size
     if not 0 <= first_batch <= plan.n_batches:
@@ -72,13 +73,18 @@ def stream_batches(
         return itertools.islice(batches, plan.n_batches - first_batch)
 
     coming = _announce_shards(store, plan, plan_pieces())
-    return read_ahead(_read_batches(store, plan, plan_pieces(), coming))
+    own = slice_rank(plan.batch_size, rank, world_size)
+    parts = read_ahead(_read_parts(store, plan, plan_pieces(), coming), PREFETCHED_PARTS)
+    return read_ahead(_join_parts(store, plan, len(own), parts))
 
 
 def _announce_shards(
     store: ActivationStore, plan: StreamPlan, batches: Iterator[list[Slice]]
 ) -> Iterator[None]:
-    """Ask for the files of one more shard at each step, in the order in which lanes open them."""
+    """Ask for the files of one more shard at each step, in the order in which lanes open them.
+
+    Lanes change their shards at about the same time, so a window's shards are asked for ahead.
+    """
     files: dict[int, list] = {shard: [] for shard in plan.shards}
     for file in list_files(store, plan.hook):
         if file.shard in files:
@@ -91,82 +97,69 @@ def _announce_shards(
             yield
 
 
-def _read_batches(
+class _Parts(NamedTuple):
+    """What one batch is put together from."""
+
+    acts: list[Stored]
+    grads: list[Stored]
+    columns: list[np.ndarray]  # tokens, loss, block, position
+
+
+def _read_parts(
     store: ActivationStore,
     plan: StreamPlan,
     batches: Iterator[list[Slice]],
     coming: Iterator[None],
-) -> Generator[Batch, None, None]:
-    """Plan one batch here, while one thread reads the last one's acts and another its grads."""
-    arrays = [ArrayReader(store, f"{plan.hook}/{name}", plan.window) for name in ("acts", "grads")]
-    memories = [_BatchMemory(store.d_model) for _ in arrays]
+) -> Generator[_Parts, None, None]:
+    """Read and check what each batch needs, chunk by chunk."""
+    acts, grads = (ArrayReader(store, f"{plan.hook}/{name}") for name in ("acts", "grads"))
     lanes: dict[int, OpenShard] = {}
-    for _ in itertools.islice(coming, SHARDS_AHEAD):
-        pass
-    with ExitStack() as opened_here:
-        for array in arrays:
-            opened_here.callback(array.close)
-        threads = [
-            opened_here.enter_context(ThreadPoolExecutor(1, thread_name_prefix=_THREAD))
-            for _ in arrays
-        ]
-        reading: list[Future[Tensor]] = []
-        columns: list[np.ndarray] = []
+    n_opened = n_announced = 0
+    with ExitStack() as at_end:
+        at_end.callback(acts.close)
+        at_end.callback(grads.close)
+        at_end.callback(store.files.cancel_prefetch)
         for pieces in batches:
             runs: list[Run] = []
-            parts = []
+            columns = []
             for lane, index, start, stop in pieces:
                 opened = lanes.get(lane)
                 if opened is None or opened.shard != plan.shards[index]:
                     lanes.pop(lane, None)  # before the next takes its room
-                    next(coming, None)
+                    wanted = n_opened + max(SHARDS_AHEAD, min(n_opened, plan.window))
+                    n_announced += sum(1 for _ in itertools.islice(coming, wanted - n_announced))
+                    n_opened += 1
                     opened = lanes[lane] = OpenShard(store, plan, plan.shards[index])
                 runs += opened.list_runs(lane, start, stop)
-                parts.append([column[start:stop] for column in opened.columns])
-            if reading:
-                yield _gather(reading, columns)
-            columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-            reading = [
-                thread.submit(array.fill, memory.take(len(columns[0])), runs)
-                for thread, array, memory in zip(threads, arrays, memories, strict=True)
-            ]
-        if reading:
-            yield _gather(reading, columns)
+                columns.append([column[start:stop] for column in opened.columns])
+            joined = [np.concatenate(column) for column in zip(*columns, strict=True)]
+            yield _Parts(acts.list_parts(runs), grads.list_parts(runs), joined)
 
 
-def _gather(reading: list[Future[Tensor]], columns: list[np.ndarray]) -> Batch:
-    acts, grads = (future.result() for future in reading)
-    reading.clear()  # so that the consumer alone holds the tensors
-    return Batch(acts, grads, *map(torch.from_numpy, columns))
+def _join_parts(
+    store: ActivationStore, plan: StreamPlan, n_rows: int, batches: Generator[_Parts, None, None]
+) -> Generator[Batch, None, None]:
+    acts, grads = (
+        ArrayDecoder(store.arrays[f"{plan.hook}/{name}"].numbers, store.d_model, n_rows)
+        for name in ("acts", "grads")
+    )
+    with closing(batches):
+        for parts in batches:
+            yield Batch(
+                acts.decode(parts.acts),
+                grads.decode(parts.grads),
+                *map(torch.from_numpy, parts.columns),
+            )
 
 
-class _BatchMemory:
-    """Tensors of batches, in memory that is used again once nobody holds a tensor or a view of it.
+def read_ahead(
+    items: Generator[T, None, None], n_ahead: int = PREFETCHED_BATCHES
+) -> Generator[T, None, None]:
+    """The same items, computed ahead on a thread that ends when the generator does.
 
-    A tensor made by torch.from_numpy holds a reference to its array for as long as its storage
-    lives. Fresh memory instead would cost a page fault for every 4 KiB of every batch.
+    Unless a read of a remote hangs: then the thread ends when that does, or with the program.
     """
-
-    def __init__(self, width: int) -> None:
-        self._width = width
-        self._arrays: list[np.ndarray] = []
-
-    def take(self, n_rows: int) -> Tensor:
-        """Uninitialised float32 [n_rows, width]."""
-        for i in range(len(self._arrays)):
-            array = self._arrays[i]
-            # Held by the list, by `array`, and by the call: by nobody else.
-            if len(array) == n_rows and sys.getrefcount(array) == 3:
-                return torch.from_numpy(array)
-        array = np.empty((n_rows, self._width), np.float32)
-        if len(self._arrays) < BATCHES_ALIVE:
-            self._arrays.append(array)
-        return torch.from_numpy(array)
-
-
-def read_ahead(items: Generator[T, None, None]) -> Iterator[T]:
-    """The same items, computed ahead on a thread that ends when the generator does."""
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(PREFETCHED_BATCHES)
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(n_ahead)
     stopped = threading.Event()
 
     def offer(item: T | None, error: BaseException | None = None) -> None:
@@ -200,4 +193,4 @@ def read_ahead(items: Generator[T, None, None]) -> Iterator[T]:
             yield item
     finally:
         stopped.set()
-        thread.join()
+        thread.join(_CLOSE_TIMEOUT_S)

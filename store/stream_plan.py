@@ -12,13 +12,16 @@ import numpy as np
 
 from store.errors import StoreError
 from store.mixing import Mixedness, measure_mixedness, plan_window
-from store.reader import COLUMNS, ActivationStore
+from store.reader import COLUMNS, ActivationStore, list_files
 from store.shuffle import size_slices
 
 PREFETCHED_BATCHES = 2
-BATCHES_ALIVE = PREFETCHED_BATCHES + 3  # one being made, one handed over, one with the consumer
+PREFETCHED_PARTS = 1
+_PARTS_ALIVE = PREFETCHED_PARTS + 3  # one being read, one handed over, one being put together
+BATCHES_ALIVE = PREFETCHED_BATCHES + 3  # one being read, one handed over, one with the consumer
 _COLUMN_BYTES = 4 * len(COLUMNS) + 4  # per row of an open shard, with the slots of kept rows
 _OPENING_BYTES = 100  # per row of the shard that is being opened, copies included
+_LIBRARIES_BYTES = 2**22  # codecs, threads' stacks
 _ORDER_VERSION = 1  # of the rule in store/shuffle.py
 
 
@@ -70,21 +73,28 @@ def plan_stream(
     position, or if the epochs have fewer rows than `tokens` or than one batch.
     """
     assert batch_size > 0
+    assert window is None or window > 0
     hook = store.pick_hook(hook)
     excluded = tuple(sorted(set(exclude_positions)))
     rows_per_shard = _count_shards(store, excluded)
     n_rows = sum(rows_per_shard) * epochs
     wanted = n_rows if tokens is None else tokens
-    if not batch_size <= wanted <= n_rows:
+    if wanted < batch_size:
         raise StoreError(
-            f"rows at {store.where}: expected {max(wanted, batch_size)} or more in {epochs} "
-            f"epochs, got {n_rows}. Ask for fewer tokens or a smaller batch, or raise train.epochs."
+            f"rows to read at {store.where}: expected at least a batch of {batch_size}, got "
+            f"{wanted}. Ask for more tokens or a smaller batch."
+        )
+    if wanted > n_rows:
+        raise StoreError(
+            f"rows at {store.where}: expected {wanted} or more in {epochs} epochs, got {n_rows}. "
+            "Ask for fewer tokens, or raise train.epochs."
         )
     if window is None:
         window = plan_window(rows_per_shard, _count_blocks(store), batch_size=batch_size, seed=seed)
     window = min(window, len(store.present))
+    _check_room(store, hook, window)
     decisive = (
-        *(_ORDER_VERSION, store.manifest.fingerprint, hook, batch_size, seed, window),
+        *(_ORDER_VERSION, store.manifest.checksum, hook, batch_size, seed, window),
         *(store.present, rows_per_shard, excluded),
     )
     return StreamPlan(
@@ -100,6 +110,22 @@ def plan_stream(
         shards=store.present,
         order=hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16],
     )
+
+
+def _check_room(store: ActivationStore, hook: str, window: int) -> None:
+    """Raise StoreError if a remote's cache cannot hold the shards that are read at once."""
+    room = store.files.room_bytes
+    if room is None:
+        return
+    shards = [0] * len(store.shards)
+    for file in list_files(store, hook):
+        shards[file.shard] += file.record.bytes
+    needed = window * max(shards)
+    if needed > room:
+        raise StoreError(
+            f"shard cache for {store.where}: expected room for {window} shards at once, {needed:,} "
+            f"bytes, got {room:,}. Raise run.shard_cache_gb or lower train.window_shards."
+        )
 
 
 def resume_batch(plan: StreamPlan, state: StreamState) -> int:
@@ -132,18 +158,21 @@ def stream_memory_bytes(store: ActivationStore, plan: StreamPlan) -> int:
 
     It grows with the window, the rows of a shard and the batch, and not with the store.
     """
-    layout, arrays = store.spec.layout, store.arrays
-    chunks = [
-        layout.rows_per_chunk * store.d_model * arrays[f"{plan.hook}/{name}"].numbers.disk.itemsize
-        + layout.rows_per_chunk * 4  # scales
-        for name in ("acts", "grads")
-    ]
+    layout = store.spec.layout
+    formats = [store.spec.arrays()[f"{plan.hook}/{name}"] for name in ("acts", "grads")]
+    chunk_bytes = sum(
+        layout.rows_per_chunk * store.d_model * f.numbers.disk.itemsize for f in formats
+    )
+    scale_bytes = 4 * sum(f.numbers.scaled for f in formats)  # per row of an open shard
+    # A lane may hold a chunk while the last is in a batch; batches in hand hold more of them.
+    n_chunks = 2 * plan.window + _PARTS_ALIVE * -(-plan.batch_size // layout.rows_per_chunk)
     batch_bytes = plan.batch_size * (2 * 4 * store.d_model + 4 * len(COLUMNS))
     return (
-        plan.window * (sum(chunks) + layout.rows_per_shard * _COLUMN_BYTES)
-        + 4 * max(chunks)  # being read, checked and decoded
+        n_chunks * chunk_bytes
+        + plan.window * layout.rows_per_shard * (_COLUMN_BYTES + scale_bytes)
         + layout.rows_per_shard * _OPENING_BYTES
         + BATCHES_ALIVE * batch_bytes
+        + _LIBRARIES_BYTES
     )
 
 

@@ -6,6 +6,7 @@ manifest.json.
 
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ from store.manifest import MANIFEST_NAME, PROVENANCE_NAME, locate_shard
 from store.metadata import check_node, list_metadata
 from store.numbers import decode_numbers
 from store.reader import ActivationStore, ListedFile, list_files, read_manifest
+
+ASKED = 8  # sizes at a time: a remote answers each after a trip
+_OTHER = "other content"
 
 
 class DamagedFile(NamedTuple):
@@ -28,14 +32,17 @@ class DamagedFile(NamedTuple):
 def verify_quick(files: StoreFiles) -> list[DamagedFile]:
     """What is missing or of another size, and every zarr.json that is not the manifest's.
 
-    Raises StoreNotFound or ManifestError where the manifest is missing or broken.
+    A remote is asked for every file; of a dvc+ URL, that is DVC's listing. Raises StoreNotFound or
+    ManifestError where the manifest is missing or broken.
     """
     store = _open_unchecked(files)
     damage = _find_metadata_damage(store)
-    for file in list_files(store):
-        found = files.find_size(file.path, file.record)
-        if problem := _describe_size(found, file.record.bytes):
-            damage.append(DamagedFile(file.shard, file.path, problem))
+    listed = list(list_files(store))
+    with ThreadPoolExecutor(ASKED, thread_name_prefix="store-verify") as threads:
+        sizes = threads.map(lambda file: files.ask_size(file.path, file.record), listed)
+        for file, found in zip(listed, sizes, strict=True):
+            if problem := _describe_size(found, file.record.bytes):
+                damage.append(DamagedFile(file.shard, file.path, problem))
     return damage
 
 
@@ -69,23 +76,34 @@ def find_damage(
 
 
 def describe_damage(files: StoreFiles, file: ListedFile) -> str | None:
-    """What is wrong with a shard file, None if its sha256 is the recorded one."""
+    """What is wrong with a shard file, None if its sha256 is the recorded one.
+
+    A bad copy in the shard cache is no fault of the remote: it is dropped, the file fetched anew.
+    """
+    problem = _find_problem(files, file)
+    if problem and not isinstance(files, LocalFiles):
+        problem = _find_problem(files, file)
+    return problem
+
+
+def _find_problem(files: StoreFiles, file: ListedFile) -> str | None:
+    problem = _OTHER  # of a remote's file, which is hashed as it comes
     try:
         with (
             files.open(file.path, file.record) as descriptor,
             open(descriptor, "rb", closefd=False) as opened,
         ):
             found = hashlib.file_digest(opened, "sha256").hexdigest()
-            n_bytes = opened.tell()
+            if found == file.record.sha256:
+                return None
+            problem = _describe_size(opened.tell(), file.record.bytes) or _OTHER
+            raise ShardCorrupt(problem)  # to `files`, which may have a copy to drop
     except (FileNotFoundError, NotADirectoryError, ShardMissing):
         return "missing"
-    except ShardCorrupt:  # of a remote, whose files are hashed as they come
-        return "other content"
+    except ShardCorrupt:
+        return problem
     except OSError as error:
         return error.strerror or str(error)
-    if found == file.record.sha256:
-        return None
-    return _describe_size(n_bytes, file.record.bytes) or "other content"
 
 
 def list_foreign(files: StoreFiles) -> list[str]:

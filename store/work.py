@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from store.crash import crash_point
 from store.disk import write_durably
-from store.layout import ShardSpec
+from store.layout import ShardSpec, StoreLayout
 from store.manifest import (
     ShardRecord,
     StoreSpec,
@@ -74,6 +74,30 @@ def read_commits(
     return commits
 
 
+def read_spec(work: Path) -> StoreSpec:
+    """What the work folder is for, from spec.json and its commit records.
+
+    Raises OSError, ValueError, KeyError or TypeError without a commit record for every shard.
+    """
+    fields = json.loads((work / "spec.json").read_bytes())
+    found = [_read_commit(path) for path in sorted((work / "commits").glob("*.json"))]
+    shards = sorted((c.record.spec for c in found if c is not None), key=lambda spec: spec.index)
+    layout = StoreLayout(
+        rows_per_chunk=fields["rows_per_chunk"],
+        rows_per_shard=fields["rows_per_shard"],
+        blocks_per_shard=fields["rows_per_shard"] // max(fields["context_length"], 1),
+        shards=tuple(shards),
+        n_slots=fields["n_slots"],
+        n_rows=fields["n_rows"],
+    )
+    names = ("identity", "d_model", "context_length", "acts_dtype", "grads_dtype", "seed")
+    return StoreSpec(
+        **{name: fields[name] for name in (*names, "compression")},
+        hooks=tuple(fields["hooks"]),
+        layout=layout,
+    )
+
+
 def write_commit(work: Path, commit: Commit) -> None:
     """Make a shard exist: the last thing that is written of it."""
     fields = commit.model_dump(mode="json")
@@ -113,7 +137,9 @@ def sweep(work: Path) -> int:
 
 def forget_shard(work: Path, shard: int) -> None:
     """Drop a shard's commit record, so that the next run computes it again."""
+    crash_point("before-forget")
     commit_path(work, shard).unlink(missing_ok=True)
+    crash_point("after-forget")
 
 
 def locate_files(work: Path, record: ShardRecord) -> dict[Path, int]:

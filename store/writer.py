@@ -27,6 +27,7 @@ from store.manifest import (
     ShardRecord,
     StoreSpec,
     check_identity,
+    fingerprint_of,
     locate_scales,
     locate_shard,
 )
@@ -94,13 +95,18 @@ def prepare_work(work: Path, spec: StoreSpec) -> None:
     Raises StoreMismatch if it belongs to another spec, StoreError if it cannot be written.
     """
     wanted = {"identity": spec.identity} | spec.as_dict()
+    content = json.dumps(wanted | {"checksum": fingerprint_of(wanted)}, indent=1).encode()
     spec_file, scratch = work / "spec.json", work / "scratch"
     with disk_errors(work, needed_bytes=len(list_metadata(spec)) * _METADATA_BYTES):
         make_folder(scratch)
         try:
             found = json.loads(spec_file.read_bytes())
-        except (FileNotFoundError, ValueError):
-            write_durably(spec_file, [json.dumps(wanted, indent=1).encode()], scratch=scratch)
+            checksum = found.pop("checksum")
+            if fingerprint_of(found) != checksum:
+                raise ValueError(checksum)
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            # Lost, or damaged: the commit records are checked against the spec themselves.
+            write_durably(spec_file, [content], scratch=scratch)
         else:
             check_identity(
                 wanted, found, work, "Remove that folder and run `pipeline cache` again."
@@ -223,6 +229,11 @@ def _check_rows(
                 f"{path} of shard {shard.index}: expected shape {expected}, "
                 f"got {tuple(values.shape)}"
             )
+    for name in ("tokens", "block", "position"):
+        if columns[name].is_floating_point() or columns[name].is_complex():
+            raise ValueError(f"{name} of shard {shard.index}: expected integers")
+    if int(rows.tokens.min()) < 0 or int(rows.tokens.max()) >= 2**31:
+        raise ValueError(f"tokens of shard {shard.index}: expected integers in 0..2^31-1")
     block, position = rows.block.numpy() - shard.first_block, rows.position.numpy()
     inside = (block >= 0) & (block < shard.n_blocks)
     lengths = np.bincount(block[inside], minlength=shard.n_blocks)

@@ -1,6 +1,7 @@
 """Servers on loopback that hand out stores: HTTP that misbehaves on request, S3 and SSH."""
 
 import functools
+import importlib
 import os
 import shutil
 import socket
@@ -16,10 +17,25 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from store.backends import Remote
+from store.manifest import FileRecord
+
 LOOPBACK = "127.0.0.1"
 S3_CODES = ("ExpiredToken", "InvalidToken")
 HANG_S = 30
 SSHD = shutil.which("sshd", path=f"/usr/sbin:{os.environ['PATH']}") or "sshd"
+
+
+def local_remote(folder: Path) -> Remote:
+    """A folder as a remote, without a server."""
+
+    def connect() -> object:
+        return importlib.import_module("fsspec").filesystem("file")
+
+    def download(system: object, address: str, partial: Path, file: FileRecord) -> None:  # noqa: ARG001
+        shutil.copyfile(address, partial)
+
+    return Remote(f"local://{folder}", lambda path: f"{folder}/{path}", connect, download, "None.")
 
 
 class FaultyServer(ThreadingHTTPServer):

@@ -24,6 +24,7 @@ DEFAULTS = {
     "lr_decay_fraction": 0.0,
     "exclude_positions": (),
     "window_shards": 1,
+    "allow_partial": False,
     "shuffle_seed": 0,
     "log_every": 2,
 }

@@ -164,6 +164,9 @@ def test_a_dvc_url_without_a_store_is_named(published, tmp_path, monkeypatch, ca
     assert run_cli("store", "info", url) == 1
     assert f"store at {url}" in capsys.readouterr().err
     assert run_cli("store", "info", f"dvc+{published.repository}@v9:{path}") == 1
+    assert "got v9, which it has not" in capsys.readouterr().err
+    assert run_cli("store", "info", f"dvc+{tmp_path}/nowhere@v9:{path}") == 1
+    assert f"repository at {tmp_path}/nowhere: expected" in capsys.readouterr().err
 
 
 def flip(path: Path) -> None:
@@ -292,6 +295,22 @@ def test_the_first_batch_needs_two_shards_and_no_more(published, server, tmp_pat
     assert next(batches).acts.shape == (512, 16)
     with pytest.raises(store.AccessDenied):
         list(batches)
+
+
+def test_a_quick_check_asks_the_remote(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GSAE_SHARD_CACHE", str(tmp_path / "cache"))
+    url = f"{server.url}/tiny"
+    assert run_cli("store", "verify", "--quick", url) == 0
+    server.faults = {f"tiny/{ACTS}": itertools.repeat(404)}
+    assert run_cli("store", "verify", "--quick", url) == 1
+    out = capsys.readouterr().out
+    assert f"shard 0: {ACTS}: missing" in out
+    assert "1 of 9 shards damaged. Tell its publisher, or pull from another copy." in out
+    server.faults = {f"tiny/{ACTS}": itertools.repeat(403)}
+    assert run_cli("store", "verify", "--quick", url) == 1
+    assert "HTTP 403" in capsys.readouterr().err
+    assert run_cli("store", "info", url) == 0
+    assert "9; presence not checked on a remote" in capsys.readouterr().out
 
 
 def test_pull_and_gc_say_what_they_did(server, tmp_path, monkeypatch, capsys):

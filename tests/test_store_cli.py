@@ -142,7 +142,7 @@ def test_19_missing_shards_are_counted_and_training_refuses(path, ask, capsys):
     for shard in (0, 3, 7):
         (path / f"tokens/c/{shard}").unlink()
     text = ask("verify", path, "--quick", code=1)
-    assert "3 of 9 shards damaged, of which 3 missing" in text
+    assert "3 of 9 shards damaged. Run `pipeline store repair stores/tiny`" in text
     assert run_cli("train") == 1
     err = capsys.readouterr().err
     assert "3 of 9 shards missing" in err
@@ -164,6 +164,20 @@ def test_19_a_deleted_commit_record(path, capsys):
     assert read_tree(path) == before
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_store_without_its_work_folder_is_not_computed_whole(path, capsys, damage):
+    """As after `dvc pull` or a copy."""
+    before = read_tree(path)
+    shutil.rmtree("stores/.work")
+    (path / ACTS).unlink()
+    DAMAGES[damage](path / "tokens/c/4")
+    capsys.readouterr()
+    assert run_cli("cache") == 0
+    assert "computed 2 of 9 shards" in capsys.readouterr().out
+    assert read_tree(path) == before
+    assert run_cli("store", "verify", path) == 0
+
+
 @pytest.mark.parametrize("damage", ["removed", "cut to nothing", "first bit"])
 def test_19_23_a_broken_manifest_fails_every_load(path, ask, capsys, tmp_path, damage):
     copy = shutil.copytree(path, tmp_path / "copy")
@@ -172,9 +186,13 @@ def test_19_23_a_broken_manifest_fails_every_load(path, ask, capsys, tmp_path, d
     assert run_cli("train") == 1
     assert "manifest" in capsys.readouterr().err
     for command in ("info", "verify"):
-        assert "manifest" in ask(command, path, code=1)
-    assert "--from URL" in ask("repair", path, code=1)
-    assert "manifest.json: fetched" in ask("repair", path, "--from", copy)
+        assert f"pipeline store repair {path}`" in ask(command, path, code=1)
+    assert "manifest.json: written again" in ask("repair", path)
+    assert read_tree(path) == before
+    shutil.rmtree("stores/.work")
+    DAMAGES[damage](path / "manifest.json")
+    assert f"repair {path} --from STORE" in ask("repair", path, code=1)
+    assert "manifest.json: written again" in ask("repair", path, "--from", copy)
     assert read_tree(path) == before
 
 
@@ -232,12 +250,13 @@ def test_foreign_files_are_told_and_no_damage(path, ask):
 
 
 def test_diff(path, ask):
-    assert "the same store" in ask("diff", path, path)
+    assert "the same store by its manifest" in ask("diff", path, path)
     assert run_cli("cache", "--layer", "2", "--dtype", "float32", "--out", "stores/other") == 0
     text = ask("diff", path, "stores/other", code=1)
-    assert "acts_dtype: expected 'float16', got 'float32'" in text
-    assert "hooks: expected" in text
+    assert "acts_dtype: float16 in A, float32 in B" in text
+    assert 'hooks: ["blocks.1.hook_resid_post"] in A' in text
     found = ask("diff", path, "stores/other", "--json", code=1)
+    assert {"field": "acts_dtype", "a": "float16", "b": "float32"} in found["differences"]
     assert len(found["differences"]) == len(text.splitlines())
     assert found["fingerprints"][0] != found["fingerprints"][1]
 
@@ -246,6 +265,95 @@ def test_no_store_is_one_line(path, ask):
     assert path.exists()
     for command in ("info", "verify", "repair"):
         assert "expected a folder with manifest.json" in ask(command, "nowhere", code=1)
+
+
+@pytest.fixture(scope="module")
+def two_layers(cached, tmp_path_factory):
+    """A store of two hooks."""
+    out = tmp_path_factory.mktemp("two") / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cached)
+        assert run_cli("cache", "--layer", "0", "--layer", "1", "--out", out) == 0
+    return out
+
+
+def test_one_layer_of_several_is_a_part_and_no_ruin(two_layers, path, ask, tmp_path, capsys):
+    part = tmp_path / "part"
+    text = ask("pull", two_layers, "--layer", "1", "--shards", "0:3", "--out", part)
+    command = f"pipeline train --store {part} --layer 1 --allow-partial"
+    assert f"next: {command}" in text
+    last = f"shards 3 to {n_shards(part) - 1}: missing"
+    text = ask("verify", part, code=1)
+    lines = text.splitlines()
+    assert lines[:2] == ["hook blocks.0.hook_resid_post: not here", last]
+    assert "1 of 2 hooks not here, 6 of 9 shards missing" in lines[2]
+    found = ask("verify", part, "--allow-partial", "--json")
+    assert (found["whole"], found["damage"]) == (False, [])
+    assert found["missing"] == list(range(3, 9))
+    assert found["missing_hooks"] == ["blocks.0.hook_resid_post"]
+    text = ask("info", part)
+    assert "3 of 9 present" in text
+    assert "hook blocks.0.hook_resid_post" in text
+    small = ("--set", "train.epochs=1", "--set", "train.batch_size=64", "--out", tmp_path / "run")
+    assert run_cli(*command.split()[1:], *small) == 0
+    assert run_cli("train", "--store", part, "--set", "cache.layers=[0,1]", *small) == 1
+    assert "or --layer" in capsys.readouterr().err
+    DAMAGES["last bit"](part / "blocks.1.hook_resid_post/acts/c/1/0")
+    assert "1 of 9 shards damaged" in ask("verify", part, "--allow-partial", code=1)
+    assert path.exists()
+
+
+def test_metadata_alone_is_counted(path, ask):
+    (path / "tokens/zarr.json").unlink()
+    assert "1 zarr.json damaged. Run `pipeline store repair" in ask("verify", path, code=1)
+    assert run_cli("train") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (("info", "nowhere", "--json"), 1, "no such folder. Correct the path"),
+        (("info", "data/tiny", "--json"), 1, "got gsae-corpus. Name a store."),
+        (("info", "https:/host/store", "--json"), 1, "https://host/store"),
+        (("info", "model", "--json"), 1, "a folder of SAEs or of a model"),
+        (("repair", "https://host/store", "--json"), 2, "https://host/store: expected a folder"),
+        (("pull", STORE, "--shards", "5:2", "--json"), 2, "FIRST < STOP"),
+        (("pull", STORE, "--shards", "3:3", "--json"), 2, "FIRST < STOP"),
+        (("pull", STORE, "--hook", "x", "--json"), 1, "one of blocks.1.hook_resid_post, got x"),
+        (("gc", "--max-gb", "nan", "--json"), 2, "finite"),
+        (("gc", "--max-gb", "inf", "--json"), 2, "finite"),
+        (("gc", "--cache", "nowhere", "--json"), 2, "does not exist"),
+    ],
+)
+def test_an_error_is_one_line_and_one_object(cached, monkeypatch, ask, capsys, args, code, words):
+    monkeypatch.chdir(cached)
+    assert words in ask(*args, code=code)["error"]
+    assert run_cli("store", *args) == code
+    err = capsys.readouterr().err
+    assert words in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_store_is_not_made_inside_another(path, capsys):
+    before = read_tree(path)
+    assert run_cli("cache", "--out", path / "mine") == 1
+    assert f"in the store at {path.absolute()}" in capsys.readouterr().err
+    assert read_tree(path) == before
+
+
+def test_an_unfinished_pull_is_to_be_gone_on_with(tmp_path, ask):
+    (tmp_path / ".part.pull").mkdir()
+    (tmp_path / "part").mkdir()
+    for command in ("info", "repair"):
+        assert "`pipeline store pull` again" in ask(command, tmp_path / "part", code=1)
+
+
+def test_an_unfinished_pull_of_another_store_is_named(path, ask):
+    Path("stores/.part.pull").mkdir()
+    Path("stores/.part.pull/source").write_text("another checksum")
+    shutil.copytree(path / "tokens", "stores/part/tokens")
+    text = ask("pull", path, "--out", "stores/part", code=1)
+    assert "got an unfinished pull of another store. Finish that one" in text
 
 
 def test_16_a_folder_of_another_owner_is_named_before_the_work(path, tmp_path):

@@ -3,6 +3,7 @@ prints.
 """
 
 import difflib
+import json
 import os
 import signal
 import sys
@@ -54,19 +55,19 @@ def main(args: list[str] | None = None) -> None:
     else 1.
     """
     arguments = sys.argv[1:] if args is None else args
-    debug = "--debug" in arguments
+    debug, as_json = "--debug" in arguments, "--json" in arguments
     try:
         with _interrupts():
             cli.main(arguments, prog_name="pipeline", standalone_mode=False, obj=debug)
     except click.ClickException as error:
         command = getattr(error, "ctx", None)
         hint = f" See {command.command_path} --help." if command else ""
-        click.echo(f"Error: {error.format_message()}{hint}", err=True)
+        _print_error(f"{error.format_message()}{hint}", as_json=as_json)
         sys.exit(2)
     except (PipelineError, StoreError, OSError, MemoryError) as error:
         if debug:
             raise
-        click.echo(f"Error: {_one_line(error)}", err=True)
+        _print_error(_one_line(error), as_json=as_json)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
@@ -95,6 +96,13 @@ def _interrupts() -> Iterator[None]:
     finally:
         if signal.getsignal(signal.SIGINT) is unwind:
             signal.signal(signal.SIGINT, before)
+
+
+def _print_error(message: str, *, as_json: bool) -> None:
+    """A line for a person, and for a program that asked for JSON an object where it reads it."""
+    click.echo(f"Error: {message}", err=True)
+    if as_json:
+        click.echo(json.dumps({"error": message}))
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,13 +1,18 @@
 """`pipeline store pull` and `pipeline store gc`: copies of remote stores, and their cache."""
 
 import json
+import math
 import re
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.cli.progress import byte_progress
+
+if TYPE_CHECKING:
+    from store.pull import PullPlan
 
 
 class ShardRange(click.ParamType):
@@ -20,9 +25,22 @@ class ShardRange(click.ParamType):
             return value
         found = re.fullmatch(r"(\d+)(?::(\d+))?", value)
         if found is None:
-            self.fail(f"expected FIRST:STOP such as 0:10, got {value}", param, ctx)
+            self.fail(f"expected FIRST:STOP such as 0:10, got {value}.", param, ctx)
         first = int(found[1])
-        return first, int(found[2]) if found[2] else first + 1
+        stop = int(found[2]) if found[2] else first + 1
+        if first >= stop:
+            self.fail(f"expected FIRST < STOP such as 0:10, got {value}.", param, ctx)
+        return first, stop
+
+
+class FiniteFloat(click.FloatRange):
+    """A number, neither nan nor inf."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, got {value}.", param, ctx)
+        return number
 
 
 @click.command()
@@ -77,17 +95,28 @@ def pull(
         f"{len(plan.shards)} of {n_shards} shards in {out}: {pulled.files} files copied "
         f"({pulled.bytes / 1e6:,.1f} MB), {pulled.kept} kept"
     )
-    if len(plan.shards) < n_shards:
-        click.echo(f"next: pipeline train --store {out} --allow-partial")
+    click.echo(f"next: {_name_training(out, plan, layer)}")
+
+
+def _name_training(out: Path, plan: "PullPlan", layer: int | None) -> str:
+    """The command that trains on what was pulled."""
+    words = ["pipeline", "train", "--store", str(out)]
+    if layer is not None:
+        words += ["--layer", str(layer)]
+    elif plan.hook is not None:
+        words += ["--hook", plan.hook]
+    if len(plan.shards) < len(plan.manifest.shards):
+        words.append("--allow-partial")
+    return shlex.join(words)
 
 
 @click.command()
-@click.option("--max-gb", type=click.FloatRange(min=0), help="Keep this much.  [default: 50]")
+@click.option("--max-gb", type=FiniteFloat(min=0), help="Keep this much.  [default: 50]")
 @click.option("--all", "everything", is_flag=True, help="Keep nothing.")
 @click.option(
     "--cache",
     "root",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Its folder.  [default: GSAE_SHARD_CACHE, else in the user's cache folder]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")

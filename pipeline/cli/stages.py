@@ -94,7 +94,7 @@ def cache(
     if not corpus_path.exists() and not dry_run:
         _make_corpus(run, corpus_path, overwrite=False)
     plan = plan_cache(run.config, corpus_path, out, overwrite=overwrite)
-    _print_plan(plan)
+    _print_plan(plan, run.config.run.scheduler)
     if dry_run:
         return
     settings, provenance = run.config.run, describe_run(run.profile, run.config)
@@ -104,11 +104,17 @@ def cache(
         from pipeline.cluster import open_workers
 
         workers = open_workers(settings, plan.settings, debug=bool(click.get_current_context().obj))
+    computed: list[int] = []  # tokens of each shard: more than planned where files turn out bad
     with token_progress("cache", missing_rows) as advance:
+
+        def count(n_tokens: int) -> None:
+            computed.append(n_tokens)
+            advance(n_tokens)
+
         manifest = run_cache(
-            plan, workers, provenance=provenance, overwrite=overwrite, on_progress=advance
+            plan, workers, provenance=provenance, overwrite=overwrite, on_progress=count
         )
-    click.echo(f"computed {len(plan.missing)} of {len(manifest.shards)} shards; store in {out}")
+    click.echo(f"computed {len(computed)} of {len(manifest.shards)} shards; store in {out}")
 
 
 @click.command()
@@ -136,7 +142,7 @@ def train(run: Invocation, store: str | None, out: Path | None, overwrite: bool)
     from pipeline.training import plan_training, run_training
 
     config, out = run.config.train, out or run.paths.run
-    plan = plan_training(config, _find_store(run, store))
+    plan = plan_training(config, _find_store(run, store), run.config.cache.layers)
     with token_progress("train", plan.n_steps * config.batch_size) as advance:
         trained = run_training(
             plan,
@@ -246,9 +252,13 @@ def _make_corpus(run: Invocation, out: Path, *, overwrite: bool) -> "Corpus":
         )
 
 
-def _print_plan(plan: "CachePlan") -> None:
+def _print_plan(plan: "CachePlan", scheduler: str | None) -> None:
     from pipeline.cache import estimate_seconds
 
+    if scheduler is None:
+        duration = f"about {estimate_seconds(plan) / 60:.1f} min on {plan.settings.device}"
+    else:
+        duration = f"as long as the workers at {scheduler} take"
     layout, missing = plan.spec.layout, len(plan.missing)
     rows = sum(shard.n_rows for shard in plan.missing)
     for name, value in (
@@ -264,7 +274,7 @@ def _print_plan(plan: "CachePlan") -> None:
             f"{plan.store_bytes / 1e6:,.0f} MB, twice that where DVC cannot link; "
             f"{plan.free_bytes / 1e6:,.0f} MB free",
         ),
-        ("time", f"about {estimate_seconds(plan) / 60:.1f} min on {plan.settings.device}"),
+        ("time", duration),
         ("store", str(plan.out)),
     ):
         click.echo(f"{name:>8}  {value}")

@@ -10,9 +10,11 @@ import click
 
 from pipeline.cli.options import Invocation, takes
 from pipeline.cli.sharing import gc, pull
+from pipeline.cli.store_damage import advise, count_damage, list_damage, show, sort_damage
 from pipeline.cli.store_info import describe_store, list_facts, name_shards
 
 if TYPE_CHECKING:
+    from pipeline.cli.store_damage import Damage
     from store.manifest import Manifest
     from store.repair import RepairReport
     from store.verify import DamagedFile
@@ -54,9 +56,13 @@ def info(run: Invocation, where: str, as_json: bool) -> None:
     default=False,
     help="Presence and sizes alone, or every hash and number.  [default: --full]",
 )
+@click.option("--allow-partial", is_flag=True, help="Exit with 0 where all that is there is good.")
 @json_option
-def verify(where: str, quick: bool, as_json: bool) -> None:
-    """List every damaged file of a store; exit with 1 if there is one."""
+def verify(where: str, quick: bool, allow_partial: bool, as_json: bool) -> None:
+    """List all that is damaged or missing of a store; exit with 1 if anything is.
+
+    --quick asks a remote for every file's size; of a dvc+ URL, DVC's listing.
+    """
     from pipeline.cli.progress import byte_progress
     from store.reader import open_files, read_manifest
     from store.summary import count_bytes
@@ -65,33 +71,37 @@ def verify(where: str, quick: bool, as_json: bool) -> None:
     files = open_files(where)
     manifest = read_manifest(files)
     if quick:
-        damage = verify_quick(files)
+        found = verify_quick(files)
     else:
         with byte_progress("verify", count_bytes(manifest)) as advance:
-            damage = verify_full(files, advance)
+            found = verify_full(files, advance)
+    damage = sort_damage(manifest, found)
     foreign = list_foreign(files)
     if as_json:
         result = {
             "store": files.where,
             "fingerprint": manifest.fingerprint,
             "check": "quick" if quick else "full",
-            "whole": not damage,
+            "whole": not found,
             "n_shards": len(manifest.shards),
-            "damage": [_describe_file(file) for file in damage],
+            "missing": list(damage.shards),
+            "missing_hooks": list(damage.hooks),
+            "damage": [_describe_file(file) for file in damage.files],
             "foreign": foreign,
         }
         click.echo(json.dumps(result, indent=1))
     else:
         _print_damage(files.where, manifest, damage, foreign, quick)
-    if damage:
+    nothing = len(damage.shards) == len(manifest.shards)
+    if found and (nothing or not (allow_partial and damage.is_part)):
         sys.exit(1)
 
 
 @store.command()
-@click.argument("path", metavar="STORE", type=click.Path(path_type=Path))
+@store_argument
 @click.option("--from", "source", metavar="STORE", help="Another copy of it: a path or URL.")
 @json_option
-def repair(path: Path, source: str | None, as_json: bool) -> None:
+def repair(where: str, source: str | None, as_json: bool) -> None:
     """Replace a store's damaged files by good copies, or have `pipeline cache` recompute them.
 
     Exits with 1 while shards are left to recompute.
@@ -101,9 +111,16 @@ def repair(path: Path, source: str | None, as_json: bool) -> None:
     import torch
 
     from pipeline.device import pick_device
+    from store.errors import is_url
     from store.reader import open_files
     from store.repair import repair as mend
 
+    if is_url(where):
+        raise click.UsageError(
+            f"store at {open_files(where).where}: expected a folder, got a URL, which cannot be "
+            "mended from here. Tell its publisher, or pull from another copy."
+        )
+    path = Path(where)
     machine = {
         "device": pick_device("auto"),
         "threads": torch.get_num_threads(),
@@ -133,55 +150,54 @@ def repair(path: Path, source: str | None, as_json: bool) -> None:
 @json_option
 def diff(first: str, second: str, as_json: bool) -> None:
     """Compare what two stores are, field by field; exit with 1 if they differ."""
-    from store.manifest import diff_identities
+    from store.manifest import list_differences
     from store.reader import open_files, read_manifest
 
     manifests = [read_manifest(open_files(where)) for where in (first, second)]
     ours, theirs = manifests
-    lines = diff_identities(ours.identity, theirs.identity)
-    other_bytes = [] if lines else _list_other_bytes(ours, theirs)
+    differences = list_differences(ours.identity, theirs.identity)
+    other_bytes = [] if differences else _list_other_bytes(ours, theirs)
     if as_json:
         result = {
             "fingerprints": [manifest.fingerprint for manifest in manifests],
-            "differences": lines,
+            "differences": [
+                {"field": field, "a": mine, "b": other} for field, mine, other in differences
+            ],
             "shards_of_other_bytes": other_bytes,
         }
         click.echo(json.dumps(result, indent=1))
     else:
-        for line in lines:
-            click.echo(line)
+        for field, mine, other in differences:
+            click.echo(f"{field}: {show(mine)} in A, {show(other)} in B")
         if other_bytes:
             click.echo(f"equal settings, other bytes in {name_shards(other_bytes)}")
-        if not lines and not other_bytes:
-            click.echo(f"the same store, fingerprint {ours.fingerprint}, byte for byte")
-    if lines or other_bytes:
+        if not differences and not other_bytes:
+            click.echo(
+                f"the same store by its manifest, fingerprint {ours.fingerprint}; "
+                "`pipeline store verify` checks the bytes"
+            )
+    if differences or other_bytes:
         sys.exit(1)
 
 
 def _print_damage(
     where: str,
     manifest: "Manifest",
-    damage: Sequence["DamagedFile"],
+    damage: "Damage",
     foreign: Sequence[str],
     quick: bool,
 ) -> None:
-    for file in damage:
-        name = "metadata" if file.shard is None else f"shard {file.shard}"
-        click.echo(f"{name}: {file.path}: {file.problem}")
+    for line in list_damage(damage):
+        click.echo(line)
     for path in foreign:
         click.echo(f"foreign: {path}: no part of the store")
     n_shards = len(manifest.shards)
-    if not damage and quick:
+    if any(damage):
+        click.echo(f"{where}: {count_damage(manifest, damage)}. {advise(where, damage)}")
+    elif quick:
         click.echo(f"{where}: {n_shards} shards are there, in full size; --full reads them")
-    elif not damage:
-        click.echo(f"{where}: {n_shards} shards are exactly the bytes that were written")
     else:
-        missing = {file.shard for file in damage if file.problem == "missing"} - {None}
-        damaged = {file.shard for file in damage} - {None}
-        click.echo(
-            f"{where}: {len(damaged)} of {n_shards} shards damaged, of which {len(missing)} "
-            f"missing. Run `pipeline store repair {where}`."
-        )
+        click.echo(f"{where}: {n_shards} shards are exactly the bytes that were written")
 
 
 def _print_repair(path: Path, report: "RepairReport") -> None:
@@ -191,7 +207,7 @@ def _print_repair(path: Path, report: "RepairReport") -> None:
         "dropped": "left to recompute",
     }
     if report.manifest_restored:
-        click.echo("manifest.json: fetched")
+        click.echo("manifest.json: written again")
     for name in report.metadata:
         click.echo(f"{name}: written again")
     for shard in report.shards:

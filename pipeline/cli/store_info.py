@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.cli.store_damage import sort_damage
+
 if TYPE_CHECKING:
     from pipeline.config import TrainConfig
     from store.files import StoreFiles
@@ -11,14 +13,17 @@ if TYPE_CHECKING:
 
 def describe_store(files: "StoreFiles", train: "TrainConfig") -> dict[str, Any]:
     """All of `info`, as JSON holds it."""
+    from store.files import LocalFiles
     from store.manifest import PROVENANCE_NAME
     from store.reader import read_manifest
     from store.summary import count_bytes, summarize_arrays
     from store.verify import verify_quick
 
     manifest = read_manifest(files)
-    damage = verify_quick(files)
-    absent = sorted({file.shard for file in damage if file.shard is not None})
+    local = isinstance(files, LocalFiles)
+    damage = sort_damage(manifest, verify_quick(files) if local else [])
+    damaged = {file.shard for file in damage.files if file.shard is not None}
+    absent = sorted(damaged | set(damage.shards))
     n_bytes = count_bytes(manifest)
     try:
         provenance = json.loads(files.read_bytes(PROVENANCE_NAME))
@@ -38,29 +43,34 @@ def describe_store(files: "StoreFiles", train: "TrainConfig") -> dict[str, Any]:
         "bytes": n_bytes,
         "bytes_per_token": n_bytes / manifest.n_rows,
         "n_shards": len(manifest.shards),
-        "n_present": len(manifest.shards) - len(absent),
+        "n_present": len(manifest.shards) - len(absent) if local else None,
+        "missing_hooks": list(damage.hooks),
         "missing_or_cut": absent,
-        "broken_metadata": [file.path for file in damage if file.shard is None],
+        "broken_metadata": [file.path for file in damage.files if file.shard is None],
         "statistics": {
             path: summary._asdict() for path, summary in summarize_arrays(manifest).items()
         },
-        "stream": _describe_stream(files, train),
+        "stream": _describe_stream(files, train, damage.hooks),
         "identity": manifest.identity,
         "provenance": provenance,
     }
 
 
-def _describe_stream(files: "StoreFiles", train: "TrainConfig") -> dict[str, Any]:
-    """How training would read the store; why not, where it cannot."""
+def _describe_stream(
+    files: "StoreFiles", train: "TrainConfig", missing_hooks: Sequence[str]
+) -> dict[str, Any]:
+    """How training would read the store's first hook that is here; why not, where it cannot."""
     from store.errors import StoreError
-    from store.reader import open_store
+    from store.reader import open_store, read_manifest
     from store.stream_plan import find_mixedness, plan_stream, stream_memory_bytes
 
     try:
-        store = open_store(files, allow_partial=True)
+        hooks = read_manifest(files).hooks
+        hook = next(hook for hook in hooks if hook not in missing_hooks)
+        store = open_store(files, hook=hook, allow_partial=True)
         plan = plan_stream(
             store,
-            hook=store.hooks[0],
+            hook=hook,
             batch_size=train.batch_size,
             epochs=1,
             seed=train.shuffle_seed,
@@ -89,10 +99,12 @@ def list_facts(description: Mapping[str, Any]) -> list[str]:
             f"acts {d['acts_dtype']}, grads {d['grads_dtype']}, compression {d['compression']}",
         ),
         ("disk", f"{d['bytes'] / 1e6:,.1f} MB, {d['bytes_per_token']:,.1f} bytes per token"),
-        ("shards", f"{d['n_present']} of {d['n_shards']} present"),
+        ("shards", _count_shards(d)),
     ]
+    facts += [("not here", f"hook {hook}") for hook in d["missing_hooks"]]
     if d["missing_or_cut"]:
-        facts.append(("damaged", f"{name_shards(d['missing_or_cut'])}; see `store verify`"))
+        named = name_shards(d["missing_or_cut"])
+        facts.append(("not whole", f"{named}; see `pipeline store verify {d['store']}`"))
     facts += [("damaged", path) for path in d["broken_metadata"]]
     facts.append(("batches", _print_stream(d["stream"])))
     for path, statistics in d["statistics"].items():
@@ -107,6 +119,12 @@ def list_facts(description: Mapping[str, Any]) -> list[str]:
     facts += _list_origin(d["provenance"])
     width = max(len(name) for name, _ in facts)
     return [f"{name:>{width}}  {value}" for name, value in facts]
+
+
+def _count_shards(d: Mapping[str, Any]) -> str:
+    if d["n_present"] is None:
+        return f"{d['n_shards']}; presence not checked on a remote: `pipeline store verify --quick`"
+    return f"{d['n_present']} of {d['n_shards']} present"
 
 
 def _print_stream(stream: Mapping[str, Any]) -> str:

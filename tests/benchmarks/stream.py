@@ -1,12 +1,13 @@
 """Streaming a warm local store against a raw file of the same rows, in one run:
 `python -m tests.benchmarks.stream`.
 
-Both give activations and gradients, 768 wide, as float32 torch batches of 4096. The store: 368,640
-rows in 24 shards (1.1 GB as float16), default window, position 0 left out. The raw files hold the
-rows that the stream gives, in its order, as float16, memory-mapped and read in contiguous pieces of
-64 MB (whole batches), by one torch thread, as a reader beside training has it; the table also has
-the raw files with all torch threads. They take turns; medians of 3 (`--repeats`). Prints a table of
-all formats and one JSON line last, of the first format and compression.
+Both give activations and gradients, 768 wide, as float32 torch batches of 4096, for two epochs. The
+store: 368,640 rows in 24 shards (1.1 GB as float16), default window, position 0 left out. The raw
+files hold the rows that the stream gives, in its order, as float16, memory-mapped. They are read in
+contiguous pieces of 64 MB into one buffer per file, and converted batch by batch, by all torch
+threads. The table also has them converted by one, and by one from the map itself, which reads
+nothing into memory first. Readers take turns; medians of 3 (`--repeats`). The JSON line, last, is
+of the first format and compression.
 """
 
 import argparse
@@ -25,8 +26,8 @@ import store
 
 HOOK = "blocks.7.hook_resid_post"
 N_SHARDS, BLOCKS_PER_SHARD, CONTEXT, D_MODEL = 24, 60, 256, 768
-BATCH = 4096
-RAW = ("raw float16", "")
+BATCH, EPOCHS = 4096, 2
+RAW = ("raw float16, all threads", "")
 PIECE_ROWS = 2**26 // (2 * D_MODEL) // BATCH * BATCH
 
 
@@ -78,12 +79,12 @@ def write_store(out: Path, spec: store.StoreSpec) -> store.ActivationStore:
     return store.open_store(out)
 
 
-def plan_epoch(opened: store.ActivationStore) -> store.StreamPlan:
+def plan_epochs(opened: store.ActivationStore, epochs: int = EPOCHS) -> store.StreamPlan:
     return store.plan_stream(
         opened,
         hook=HOOK,
         batch_size=BATCH,
-        epochs=1,
+        epochs=epochs,
         seed=0,
         window=None,
         exclude_positions=(0,),
@@ -92,19 +93,27 @@ def plan_epoch(opened: store.ActivationStore) -> store.StreamPlan:
 
 def write_raw(folder: Path, opened: store.ActivationStore) -> None:
     with (folder / "acts.f16").open("wb") as acts, (folder / "grads.f16").open("wb") as grads:
-        for batch in store.stream_batches(opened, plan_epoch(opened)):
+        for batch in store.stream_batches(opened, plan_epochs(opened, 1)):
             acts.write(batch.acts.half().numpy().data)
             grads.write(batch.grads.half().numpy().data)
 
 
-def read_raw(folder: Path, n_threads: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def read_raw(
+    folder: Path, *, n_threads: int, into_buffer: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     torch.set_num_threads(n_threads)
-    arrays = [
+    maps = [
         np.memmap(folder / name, np.float16, mode="c").reshape(-1, D_MODEL)
         for name in ("acts.f16", "grads.f16")
     ]
-    for first in range(0, len(arrays[0]), PIECE_ROWS):
-        acts, grads = (torch.from_numpy(array[first : first + PIECE_ROWS]) for array in arrays)
+    buffers = [np.empty((PIECE_ROWS, D_MODEL), np.float16) for _ in maps]
+    for first in list(range(0, len(maps[0]), PIECE_ROWS)) * EPOCHS:
+        pieces = [mapped[first : first + PIECE_ROWS] for mapped in maps]
+        if into_buffer:
+            for buffer, piece in zip(buffers, pieces, strict=True):
+                np.copyto(buffer[: len(piece)], piece)
+            pieces = [buffer[: len(pieces[0])] for buffer in buffers]
+        acts, grads = map(torch.from_numpy, pieces)
         for start in range(0, len(acts), BATCH):
             here = slice(start, start + BATCH)
             yield acts[here].float(), grads[here].float()
@@ -136,11 +145,16 @@ def main() -> None:
         }
         write_raw(folder, next(iter(stores.values())))
         readers: dict[tuple[str, str], Callable[[], Iterator[tuple]]] = {
-            RAW: lambda: read_raw(folder, 1),
-            ("raw float16, all threads", ""): lambda: read_raw(folder, n_threads),
+            RAW: lambda: read_raw(folder, n_threads=n_threads, into_buffer=True),
+            ("raw float16, one thread", ""): lambda: read_raw(
+                folder, n_threads=1, into_buffer=True
+            ),
+            ("raw float16, from the map", ""): lambda: read_raw(
+                folder, n_threads=1, into_buffer=False
+            ),
         }
         for key, opened in stores.items():
-            readers[key] = lambda opened=opened: store.stream_batches(opened, plan_epoch(opened))
+            readers[key] = lambda opened=opened: store.stream_batches(opened, plan_epochs(opened))
         rates: dict[tuple[str, str], list[float]] = {key: [] for key in readers}
         for repeat in range(arguments.repeats + 1):
             for key, read in readers.items():
@@ -155,7 +169,7 @@ def report(
 ) -> None:
     raw = rates[RAW]
     first = next(iter(stores.values()))
-    plan = plan_epoch(first)
+    plan = plan_epochs(first)
     found = store.find_mixedness(first, plan)
     print(f"{first.n_rows} rows, {len(first.shards)} shards, slices of {plan.slice_rows}, {found}")
     print(f"at most {store.stream_memory_bytes(first, plan) / 2**20:.0f} MiB held")

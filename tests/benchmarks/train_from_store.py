@@ -19,7 +19,7 @@ from pathlib import Path
 import store
 from pipeline.config import TrainConfig, load_config
 from pipeline.member import plan_members, start_member, step_member
-from tests.benchmarks.stream import D_MODEL, N_SHARDS, make_spec, plan_epoch, write_store
+from tests.benchmarks.stream import D_MODEL, N_SHARDS, make_spec, plan_epochs, write_store
 
 PROFILE = Path(__file__).parents[2] / "configs" / "gpt2-small.yaml"
 
@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.dir) as scratch:
         spec = make_spec("float16", "none", arguments.shards)
         opened = write_store(Path(scratch) / "store", spec)
-        plan = plan_epoch(opened)
+        plan = plan_epochs(opened)
         held = list(itertools.islice(store.stream_batches(opened, plan), arguments.steps))
         seconds: dict[str, list[float]] = {"store": [], "memory": []}
         for _ in range(arguments.repeats):

@@ -14,12 +14,24 @@ import pytest
 
 import store
 from store.crash import CRASH_POINTS, crash_point
+from store.files import LocalFiles
 from store.manifest import StoreSpec
+from store.pull import plan_pull, pull_store
+from store.remote import RemoteFiles
+from store.repair import repair
+from store.shard_cache import ShardCache
 from store.work import commit_path, locate_files, read_commits, store_folder
+from tests.remotes import local_remote
 from tests.store.small_store import list_files, make_rows, make_spec, work_of, write_store
 
 OLD, SPEC = make_spec(weights="w1"), make_spec()
 FILES = len(SPEC.arrays())  # of a shard
+
+# Those of a run that writes and publishes; repair, pull and the shard cache pass the others.
+MENDING = ("before-rename:link", "after-rename:link", "before-forget", "after-forget")
+PULLING = ("before-rename:pulled", "after-rename:pulled")
+CACHING = ("before-rename:cached", "after-rename:cached")
+WRITING = tuple(p for p in CRASH_POINTS if p not in (*MENDING, *PULLING, *CACHING))
 
 # Passes that are let go first, so that some shards are committed by then.
 LATER = {
@@ -87,16 +99,66 @@ def replaced(tmp_path_factory):
     return folder
 
 
-def test_a_run_passes_every_point_and_no_other(tmp_path, replaced, monkeypatch):
-    passed = set()
+@pytest.fixture
+def passed(monkeypatch):
+    """The points that were passed."""
+    points = set()
     for module in ("disk", "work", "publication"):
-        monkeypatch.setattr(f"store.{module}.crash_point", passed.add)
+        monkeypatch.setattr(f"store.{module}.crash_point", points.add)
+    return points
+
+
+def test_a_run_passes_every_point_of_writing_and_no_other(tmp_path, replaced, passed):
     shutil.copytree(replaced, tmp_path / "stores")
     fill(tmp_path / "stores/out", SPEC)
-    assert passed == set(CRASH_POINTS)
+    assert passed == set(WRITING)
 
 
-CASES = [(point, 0) for point in CRASH_POINTS] + list(LATER.items())
+def test_every_other_point_is_passed_by_those_who_copy(tmp_path, undisturbed, passed):
+    lay_out(undisturbed, tmp_path / "good")
+    good = LocalFiles(tmp_path / "good")
+    pull_store(good, tmp_path / "out", plan_pull(good))
+    assert {point for point in passed if point not in WRITING} == set(PULLING)
+    passed.clear()
+    (tmp_path / "out/loss/c/1").unlink()
+    repair(tmp_path / "out", source=good)
+    repair(tmp_path / "out", work=tmp_path / "work")  # nothing to do
+    (tmp_path / "out/loss/c/1").unlink()
+    repair(tmp_path / "out", work=tmp_path / "other")
+    assert {point for point in passed if point not in WRITING} == set(MENDING)
+    passed.clear()
+    cache = ShardCache(tmp_path / "cache", 10**6)
+    remote = RemoteFiles(local_remote(tmp_path / "good"), cache=cache)
+    store.open_store(remote).read_column(0, "tokens")
+    assert passed == set(CACHING)
+
+
+@pytest.mark.parametrize("skip", [0, 2])
+@pytest.mark.parametrize("point", MENDING)
+def test_repair_killed_at(point, skip, tmp_path, undisturbed):
+    """Files are bad in two shards, of which one can be had elsewhere: the other is recomputed."""
+    lay_out(undisturbed, tmp_path / "good")
+    lay_out(undisturbed, tmp_path / "out")
+    for path in ("tokens/c/1", "loss/c/1", "loss/c/3"):
+        (tmp_path / "out" / path).write_bytes(b"bad")
+    (tmp_path / "good/loss/c/3").unlink()
+    source = LocalFiles(tmp_path / "good")
+    died = die_at(point, skip, lambda: repair(tmp_path / "out", source=source))
+    assert died == signal.SIGKILL
+    repair(tmp_path / "out", source=source)
+    assert fill(tmp_path / "out", SPEC) == [3]
+    found = list_files(tmp_path / "out")
+    assert {path for path in found if found[path] != undisturbed[path]} <= {"provenance.json"}
+    assert found.keys() == undisturbed.keys()
+
+
+def lay_out(files: dict[str, bytes], folder: Path) -> None:
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+
+
+CASES = [(point, 0) for point in WRITING] + list(LATER.items())
 
 
 @pytest.mark.parametrize(("point", "skip"), CASES, ids=[f"{p}+{n}" for p, n in CASES])

@@ -147,6 +147,12 @@ def test_what_is_no_store_is_never_replaced(tmp_path, overwrite):
     assert_rows_equal(found, store.Rows(*(column[160:] for column in expected)))
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_place_inside_a_store_is_refused(out, overwrite):
+    with pytest.raises(StoreMismatch, match=f"in the store at {out}. Choose another --out"):
+        store.find_published(SPEC, out / "deep/inside", overwrite=overwrite)
+
+
 def test_unreadable_store_of_others(out):
     manifest = out / "manifest.json"
     content = manifest.read_bytes()

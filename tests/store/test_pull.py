@@ -1,16 +1,21 @@
 """Copies of stores and of parts of them: whole and verified, or not there."""
 
 import itertools
+import shutil
+import signal
 
 import pytest
+from filelock import FileLock, Timeout
 
 import store
+from store.crash import CRASH_POINTS
 from store.download import Retry
 from store.files import LocalFiles
 from store.pull import Pulled, plan_pull, pull_store
 from store.remote import open_remote
 from tests.remotes import serve_http
-from tests.store.small_store import make_spec, write_store
+from tests.store.small_store import list_files, make_spec, write_store
+from tests.store.test_crash import die_at
 
 HOOKS = ("blocks.2.hook_resid_post", "blocks.7.hook_resid_post")
 ACTS = f"{HOOKS[1]}/acts/c/0/0"
@@ -93,6 +98,100 @@ def test_a_pull_never_mixes_stores(server, tmp_path):
         with pytest.raises(store.StoreMismatch, match="Choose another --out"):
             pull(f"{server.url}/small", out)
         assert sorted(out.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A store of the same shape and other bytes."""
+    return write_store(
+        tmp_path_factory.mktemp("other") / "other", make_spec(hooks=HOOKS, weights="w1", seed=4)
+    ).files
+
+
+POINTS = [point for point in CRASH_POINTS if point.endswith((":file", ":pulled"))]
+
+
+@pytest.mark.parametrize("skip", [0, 2])
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at(point, skip, folder, other, tmp_path):
+    source, out = LocalFiles(folder / "small"), tmp_path / "copy"
+    died = die_at(point, skip, lambda: pull_store(source, out, plan_pull(source)))
+    assert died == signal.SIGKILL
+    assert not (out / "manifest.json").exists()
+    before = list_files(out)
+    if before:  # of which nobody could tell the shards of two stores
+        with pytest.raises(store.StoreMismatch, match="another or an unknown store"):
+            pull_store(other, out, plan_pull(other, shards=(0, 2)))
+        assert list_files(out) == before
+    pulled = pull_store(source, out, plan_pull(source))
+    assert pulled.kept == sum("/c/" in path for path in before)
+    assert list_files(out) == list_files(folder / "small")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+
+
+def test_files_without_a_manifest_are_not_taken_for_ours(folder, other, tmp_path):
+    source, out = LocalFiles(folder / "small"), tmp_path / "copy"
+    pull_store(source, out, plan_pull(source))
+    (out / "manifest.json").unlink()
+    for files in (source, other):
+        with pytest.raises(store.StoreMismatch, match=r"pipeline store repair .* --from"):
+            pull_store(files, out, plan_pull(files, shards=(0, 2)))
+    shutil.rmtree(out)
+    pull_store(other, out, plan_pull(other))
+    store.open_store(out).verify()
+
+
+def test_an_unfinished_pull_that_was_deleted_stops_nobody(folder, other, tmp_path):
+    source, out = LocalFiles(folder / "small"), tmp_path / "copy"
+    die_at("before-rename:pulled", 3, lambda: pull_store(source, out, plan_pull(source)))
+    shutil.rmtree(out)
+    pull_store(other, out, plan_pull(other))
+    assert list_files(out) == list_files(other.folder)
+
+
+def test_a_folder_in_a_files_place_is_replaced(folder, tmp_path):
+    source, out = LocalFiles(folder / "small"), tmp_path / "copy"
+    pull_store(source, out, plan_pull(source))
+    for path in (ACTS, "zarr.json", "provenance.json"):
+        (out / path).unlink()
+        (out / path / "more").mkdir(parents=True)
+    pull_store(source, out, plan_pull(source))
+    assert list_files(out) == list_files(folder / "small")
+
+
+def test_a_folder_in_a_files_place_at_the_source_is_named(folder, tmp_path):
+    source = LocalFiles(shutil.copytree(folder / "small", tmp_path / "source"))
+    for path in (ACTS, "provenance.json"):
+        (source.folder / path).unlink()
+        (source.folder / path).mkdir()
+    with pytest.raises(store.ShardMissing, match=ACTS):
+        pull_store(source, tmp_path / "copy", plan_pull(source))
+    pull_store(source, tmp_path / "part", plan_pull(source, shards=(1, 2)))
+    assert not (tmp_path / "part/provenance.json").exists()
+
+
+def test_the_scratch_folder_goes_while_the_lock_is_held(folder, tmp_path, monkeypatch):
+    """Another pull could have made it its own by then."""
+    held = []
+    remove, source, out = shutil.rmtree, LocalFiles(folder / "small"), tmp_path / "copy"
+
+    def watch(path, **options):
+        with pytest.raises(Timeout):
+            FileLock(path / "lock", timeout=0).acquire()
+        held.append(path)
+        remove(path, **options)
+
+    monkeypatch.setattr("store.pull.shutil.rmtree", watch)
+    pull_store(source, out, plan_pull(source))
+    assert held == [tmp_path / ".copy.pull"]
+
+
+def test_no_store_to_pull(server, tmp_path):
+    with pytest.raises(store.StoreNotFound, match="Correct the URL"):
+        plan_pull(open_remote(f"{server.url}/none", retry=FAST))
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(store.ManifestError, match="got a folder"):
+        plan_pull(LocalFiles(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import importlib
 import itertools
+import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,11 +15,14 @@ import pytest
 
 import store
 from store.download import Retry, classify
+from store.errors import mend
 from store.files import LocalFiles, StoreFiles
+from store.manifest import FileRecord, fingerprint_of
 from store.reader import list_files
 from store.remote import RemoteFiles, open_remote, strip_url
 from store.shard_cache import ShardCache
-from tests.remotes import HANG_S, LOOPBACK, serve_http, serve_s3, serve_ssh, upload
+from store.verify import verify_full
+from tests.remotes import HANG_S, LOOPBACK, local_remote, serve_http, serve_s3, serve_ssh, upload
 from tests.store.small_store import (
     all_rows,
     assert_rows_equal,
@@ -244,6 +249,93 @@ def test_a_damaged_cached_copy_is_dropped_and_fetched_anew(server, cache, spec):
     read_all(opened, spec)
 
 
+def test_a_forged_manifest_cannot_name_a_file_of_this_machine(folder, cache, tmp_path):
+    """A path where the hash should be would be that of a cached copy, and be deleted as damaged."""
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    shutil.copytree(folder / "small", tmp_path / "www/small")
+    manifest = tmp_path / "www/small/manifest.json"
+    fields = json.loads(manifest.read_bytes())
+    fields["shards"][0]["files"]["tokens"]["sha256"] = str(mine)
+    del fields["checksum"]
+    fields["checksum"] = fingerprint_of(fields)
+    manifest.write_text(json.dumps(fields))
+    with (
+        serve_http(tmp_path / "www") as server,
+        pytest.raises(store.ManifestError, match=r"tokens\.sha256"),
+    ):
+        open_url(f"{server.url}/small", cache).read_column(0, "tokens")
+    assert mine.read_text() == "precious"
+
+
+def break_folder(cache: ShardCache, sha256: str) -> None:
+    """A file where the cache wants to make a folder."""
+    cache.root.mkdir()
+    (cache.root / sha256[:2]).write_text("")
+
+
+def break_partials(cache: ShardCache, sha256: str) -> None:  # noqa: ARG001
+    cache.root.mkdir()
+    (cache.root / "partial").write_text("")
+
+
+def break_locks(cache: ShardCache, sha256: str) -> None:  # noqa: ARG001
+    cache.root.mkdir()
+    (cache.root / "locks").write_text("")
+
+
+@pytest.mark.parametrize("break_cache", [break_folder, break_partials, break_locks])
+def test_trouble_with_the_cache_is_not_the_remotes(server, cache, break_cache):
+    opened = open_url(f"{server.url}/small", cache)
+    break_cache(cache, opened.manifest.shards[0].files["tokens"].sha256)
+    with pytest.raises(store.StoreError, match=r"shard cache at .*GSAE_SHARD_CACHE") as raised:
+        opened.read_column(0, "tokens")
+    assert type(raised.value) is store.StoreError
+    assert server.counts["small/tokens/c/0"] <= 1  # not tried again
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_cache_that_is_deleted_during_a_download_is_named(folder, cache, when):
+    """Not: the remote has no such file."""
+
+    def download(system: object, address: str, partial: Path, file: FileRecord) -> None:  # noqa: ARG001
+        if when == "before":
+            shutil.rmtree(cache.root)
+        shutil.copyfile(address, partial)
+        assert file.bytes == partial.stat().st_size
+        shutil.rmtree(cache.root)
+
+    files = RemoteFiles(local_remote(folder / "small")._replace(download=download), cache=cache)
+    with pytest.raises(store.StoreError, match="shard cache at") as raised:
+        store.open_store(files).read_column(0, "tokens")
+    assert type(raised.value) is store.StoreError
+
+
+def test_verify_blames_the_cache_for_a_bad_copy(server, cache, spec):
+    opened = open_url(f"{server.url}/small", cache)
+    read_all(opened, spec)
+    sha256 = opened.manifest.shards[0].files[f"{HOOKS[1]}/acts"].sha256
+    copy = cache.root / sha256[:2] / sha256
+    copy.write_bytes(bytes(copy.stat().st_size))
+    assert verify_full(opened.files) == []
+    assert server.counts[f"small/{ACTS}"] == 2
+    server.faults[f"small/{ACTS}"] = itertools.repeat("wrong")
+    copy.unlink()
+    assert [(file.path, file.problem) for file in verify_full(opened.files)] == [
+        (ACTS, "other content")
+    ]
+
+
+def test_advice_for_a_remote_is_not_to_repair_it_here(server, cache, folder):
+    with pytest.raises(store.StoreNotFound, match="Correct the URL"):
+        open_url(f"{server.url}/none", cache)
+    server.faults["small/manifest.json"] = itertools.repeat("short")
+    with pytest.raises(store.ManifestError, match=r"same command again.*tell .*publish"):
+        open_url(f"{server.url}/small", cache)
+    assert "store repair" not in mend("dvc+/srv/repo@main:stores/a")
+    assert "store repair" in mend(str(folder))
+
+
 def test_a_signature_goes_with_each_request_and_nowhere_else(server, cache, spec, caplog):
     server.query = f"sig={SECRET}%2Bx&expires=9"
     url = f"{server.url}/small?{server.query}"
@@ -374,6 +466,24 @@ def test_prefetching_stops_at_half_the_cache_until_files_are_opened(server, tmp_
     wait_until(lambda: count_shard_files(server) == 4)
     files.cache = ShardCache(tmp_path / "cache", 10**6)
     read_all(opened, spec)
+
+
+def test_what_an_abandoned_stream_asked_for_does_not_hold_up_the_next(server, tmp_path):
+    opened = store.open_store(open_remote(f"{server.url}/small", retry=FAST))
+    files = opened.files
+    assert isinstance(files, RemoteFiles)
+    first = list_shard(opened, 0)
+    files.cache = ShardCache(tmp_path / "cache", 2 * sum(record.bytes for _, record in first))
+    assert files.room_bytes == files.cache.limit_bytes
+    files.prefetch(first + list_shard(opened, 1))  # room for the first shard, and never opened
+    wait_until(lambda: count_shard_files(server) == len(first))
+    files.cancel_prefetch()
+    wanted = list_shard(opened, 2)[:1]
+    files.prefetch(wanted)
+    wait_until(lambda: server.counts[f"small/{wanted[0][0]}"] == 1)
+    wait_until(lambda: not files._running)
+    assert count_shard_files(server) == len(first) + 1  # nor does it still wait
+    assert LocalFiles(tmp_path).room_bytes is None
 
 
 def test_what_goes_wrong_in_the_background_is_raised_by_opening(server, cache):

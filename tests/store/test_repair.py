@@ -227,7 +227,7 @@ def test_metadata_is_written_again(out, lone):
 @pytest.mark.parametrize("damage", ["cut to nothing", "first bit", "removed", "a folder"])
 def test_a_broken_manifest_comes_from_a_copy_or_not_at_all(lone, copy, damage):
     DAMAGES[damage](lone / "manifest.json")
-    with pytest.raises((ManifestError, StoreNotFound), match=r"store repair .* --from URL"):
+    with pytest.raises((ManifestError, StoreNotFound), match=r"store repair .* --from STORE"):
         repair(lone)
     other = make_spec(PADDED, weights="w1")
     stranger = LocalFiles(write_store(lone.parent / "other/out", other).where)
@@ -238,6 +238,24 @@ def test_a_broken_manifest_comes_from_a_copy_or_not_at_all(lone, copy, damage):
     assert report.manifest_restored
     assert report.shards == (RepairedShard(1, (ACTS,), "fetched"),)
     assert content(lone) == content(copy.folder)
+
+
+@pytest.mark.parametrize("damage", ["first bit", "removed"])
+def test_the_work_folder_makes_a_lost_manifest_again(out, damage):
+    before = content(out)
+    DAMAGES[damage](out / "manifest.json")
+    (out / ACTS).unlink()
+    report = repair(out)
+    assert report.manifest_restored
+    assert report.shards == (RepairedShard(1, (ACTS,), "relinked"),)
+    assert content(out) == before
+
+
+def test_a_manifest_is_not_made_of_some_shards(out):
+    (out / "manifest.json").unlink()
+    (work_of(out, SPEC) / "commits/00001.json").unlink()
+    with pytest.raises(StoreNotFound, match="no work folder with every shard"):
+        repair(out)
 
 
 def test_another_store_is_no_source(out, tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 
 import store
+from store.download import MissingFile
 from store.manifest import FileRecord
 from store.shard_cache import Collected, ShardCache, find_limit, find_root
+from tests.store.test_crash import die_at
 
 KB = 1000
 
@@ -205,6 +208,44 @@ def test_a_killed_download_leaves_nothing_that_counts(tmp_path):
     assert fetch(cache, content, record) == content  # its room is not held for ever
     assert not partial.exists()
     assert fetch(cache, *make_file(0)) == make_file(0)[0]
+
+
+@pytest.mark.parametrize("point", ["before-rename:cached", "after-rename:cached"])
+def test_killed_at_its_naming(tmp_path, point):
+    cache = ShardCache(tmp_path, 2 * KB)
+    content, record = make_file(1)
+    assert die_at(point, 0, lambda: fetch(cache, content, record)) == signal.SIGKILL
+    assert names(cache) == ({record.sha256} if point.startswith("after") else set())
+    assert fetch(cache, content, record) == content
+    assert fetch(cache, *make_file(2)) == make_file(2)[0]
+    assert not list(tmp_path.glob("partial/*"))
+
+
+def test_a_folder_in_a_files_place_is_removed(tmp_path):
+    """Also one of the file's very size."""
+    cache = ShardCache(tmp_path, 10**6)
+    path = tmp_path / "a" / "folder"
+    path.mkdir(parents=True)
+    for content in (b"x", bytes(path.stat().st_size)):
+        record = record_of(content)
+        (tmp_path / record.sha256[:2] / record.sha256 / "more").mkdir(parents=True)
+        assert fetch(cache, content, record) == content
+
+
+def test_what_the_source_lacks_is_no_trouble_of_the_cache(tmp_path):
+    cache, record = ShardCache(tmp_path, KB), make_file(1)[1]
+
+    def lack(_: Path) -> None:
+        raise MissingFile(errno.ENOENT, "No such file", "there")
+
+    with pytest.raises(FileNotFoundError, match="there"):
+        cache.open(record, lack, "there")
+
+    def lose(partial: Path) -> None:
+        partial.unlink()
+
+    with pytest.raises(store.StoreError, match=r"shard cache at .*No such file"):
+        cache.open(record, lose, "there")
 
 
 def test_collect_keeps_the_newest_and_says_what_went(tmp_path):

@@ -29,14 +29,17 @@ from hypothesis.stateful import (
 )
 
 import store
-from store.crash import CRASH_POINTS
-from store.errors import ManifestError, StoreError, StoreMismatch, StoreNotFound
+from store.download import Retry
+from store.errors import ManifestError, ShardCorrupt, StoreError, StoreMismatch, StoreNotFound
 from store.files import LocalFiles
 from store.manifest import MANIFEST_NAME, PROVENANCE_NAME
 from store.pull import plan_pull, pull_store
-from store.repair import repair
+from store.remote import RemoteFiles
+from store.repair import RepairReport, repair
+from store.shard_cache import ShardCache
 from store.verify import verify_full, verify_quick
 from store.work import Commit, commit_path, read_commits, write_commit
+from tests.remotes import local_remote
 from tests.store.damage import DAMAGES, swap
 from tests.store.small_store import (
     PADDED,
@@ -48,7 +51,7 @@ from tests.store.small_store import (
     work_of,
     write_store,
 )
-from tests.store.test_crash import die_at, fill
+from tests.store.test_crash import MENDING, PULLING, WRITING, die_at, fill
 
 LENGTHS = PADDED[:8]
 SPECS = (
@@ -56,16 +59,19 @@ SPECS = (
     make_spec(LENGTHS, d_model=3, acts_dtype="int8", grads_dtype="float32", compression="zstd"),
 )
 SHARED_MEMORY = Path("/dev/shm")
-PUBLISHING = CRASH_POINTS[CRASH_POINTS.index("before-publish") :]
+PUBLISHING = WRITING[WRITING.index("before-publish") :]
 # What is killed, what is lost beforehand so that there is something to do, and where it dies.
 KILLS = (
-    *(("resume", "all", point) for point in CRASH_POINTS),
+    *(("resume", "all", point) for point in WRITING),
     *(("resume", "file", point) for point in PUBLISHING),
-    *(("repair", "file of copy", point) for point in CRASH_POINTS if "commit" in point),
-    *(("repair", "file of copy", point) for point in CRASH_POINTS if "zarr.json" in point),
-    *(("pull", "copy", point) for point in CRASH_POINTS if point.endswith(":file")),
+    *(("repair", "file of copy", point) for point in WRITING if "commit" in point),
+    *(("repair", "file of copy", point) for point in WRITING if "zarr.json" in point),
+    *(("repair", "file of copy", point) for point in MENDING),
+    *(("pull", "copy", point) for point in WRITING if point.endswith(":file")),
+    *(("pull", "copy", point) for point in PULLING),
 )
 SOURCES = ("pulled", "good", None)
+WAYS = ("slots", "shard", "block", "token", "column", "stream", "blocks")
 
 
 class World:
@@ -77,6 +83,8 @@ class World:
         self.good = Path(write_store(Path(self.folder.name) / "good", spec).where)
         self.files = {k: v for k, v in list_files(self.good).items() if k != PROVENANCE_NAME}
         self.rows = all_rows(spec)
+        n_bytes = [len(content) for path, content in self.files.items() if "/c/" in path]
+        self.cache_bytes = max(sum(n_bytes) // 3, max(n_bytes))
         self.n_slots_of = [shard.n_rows for shard in spec.layout.shards]
 
 
@@ -106,6 +114,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.pulled = self.folder / "pulled/out"
         self.work = work_of(self.out, self.spec)
         self.held: dict[str, store.ActivationStore] = {}
+        self.cache = ShardCache(self.folder / "cache", self.world.cache_bytes)
+        self.remotes = {
+            name: RemoteFiles(
+                local_remote(self.path_of(name)), cache=self.cache, retry=Retry(2, first_s=0.0)
+            )
+            for name in ("out", "good")
+        }
         if finished:
             fill(self.out, self.spec)
             self.pull_from("good")
@@ -115,7 +130,13 @@ class StoreMachine(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
     def path_of(self, name: str) -> Path:
-        return {"out": self.out, "pulled": self.pulled, "good": self.world.good}[name]
+        return {
+            "out": self.out,
+            "pulled": self.pulled,
+            "good": self.world.good,
+            "work": self.work,
+            "cache": self.folder / "cache",
+        }[name]
 
     # What changes the disk
 
@@ -165,7 +186,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.counts["pull"] += 1
         try:
             self.pull_from(source)
-        except (StoreError, OSError):
+        except StoreError:
             self.counts["pull: error"] += 1
         else:
             assert verify_full(LocalFiles(self.pulled)) == []
@@ -186,7 +207,7 @@ class StoreMachine(RuleBasedStateMachine):
             DAMAGES["removed"](path / "tokens/c/1")
 
         def run() -> None:
-            with contextlib.suppress(StoreError, OSError):
+            with contextlib.suppress(StoreError):
                 if operation == "resume":
                     self.finish()
                 elif operation == "repair":
@@ -197,13 +218,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.counts["kill: died"] += die_at(point, skip, run) != 0
 
     @rule(
-        which=st.sampled_from(("out", "pulled", "work")),
+        which=st.sampled_from(("out", "pulled", "work", "cache")),
         place=st.floats(0, 1, exclude_max=True),
         damage=st.sampled_from(tuple(DAMAGES)),
     )
     def corrupt(self, which: str, place: float, damage: str) -> None:
-        """Any file of a store, its manifest and metadata too, or of the work folder."""
-        folder = self.work if which == "work" else self.path_of(which)
+        """Any file of a store, its manifest and metadata too, of the work folder or the cache."""
+        folder = self.path_of(which)
         files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.stat().st_size]
         files = [f for f in files if f.name not in ("lock", "spec.json")]
         if files and not (which == "work" and damage == "a folder"):
@@ -271,7 +292,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(
         which=st.sampled_from(("out", "pulled")),
-        how=st.sampled_from(("slots", "shard", "block", "token", "column", "stream")),
+        how=st.sampled_from(WAYS),
         held=st.booleans(),
         place=st.floats(0, 1, exclude_max=True),
     )
@@ -285,8 +306,35 @@ class StoreMachine(RuleBasedStateMachine):
             if opened is not None:
                 getattr(self, f"read_{how}")(opened, place)
                 self.counts["read: exact"] += 1
-        except (StoreError, OSError):
+        except StoreError:
             self.counts["read: error"] += 1
+
+    @rule(
+        which=st.sampled_from(("out", "good")),
+        how=st.sampled_from(WAYS),
+        place=st.floats(0, 1, exclude_max=True),
+    )
+    def read_remote(self, which: str, how: str, place: float) -> None:
+        """Through the cache, whose bad copies are dropped one by one: a good remote is read."""
+        self.counts["read remote"] += 1
+        files = self.remotes[which]
+        allowed = StoreError if which == "out" else ShardCorrupt
+        try:
+            for _ in range(len(self.world.files)):
+                try:
+                    opened = store.open_store(files, allow_partial=True)
+                    getattr(self, f"read_{how}")(opened, place)
+                    self.counts["read remote: exact"] += 1
+                    return
+                except allowed:
+                    self.counts["read remote: error"] += 1
+                    if which == "out":
+                        return
+            raise AssertionError("expected no more bad copies than files")
+        finally:
+            files.cancel_prefetch()
+            while files._running:  # what forks next wants no threads
+                time.sleep(0.001)
 
     # How each way of reading is compared
 
@@ -343,17 +391,35 @@ class StoreMachine(RuleBasedStateMachine):
         rows = torch.searchsorted(keys, key)  # block-major order is ascending
         assert_rows_equal(found, tuple(column[rows] for column in self.world.rows))
 
+    def read_blocks(self, opened: store.ActivationStore, place: float) -> None:
+        """Every block of an epoch, with nothing but zeros after its rows."""
+        batches = store.stream_blocks(
+            opened, hook=None, batch_blocks=3, epochs=1, seed=int(place * 100)
+        )
+        seen = []
+        for batch in batches:
+            for i, (block, length) in enumerate(
+                zip(batch.block.tolist(), batch.lengths.tolist(), strict=True)
+            ):
+                expected = self.rows_of(self.world.rows.block == block)
+                assert length == LENGTHS[block]
+                for name in ("acts", "grads", "tokens", "loss"):
+                    found = getattr(batch, name)[i]
+                    assert torch.equal(found[:length], getattr(expected, name))
+                    assert not found[length:].any()
+                seen.append(block)
+        assert len(seen) == len(set(seen)) == sum(opened.shards[i].n_blocks for i in opened.present)
+
     def read_all(self, opened: store.ActivationStore) -> None:
         for shard in range(len(self.world.n_slots_of)):
             self.read_shard(opened, (shard + 0.5) / len(self.world.n_slots_of))
-        for how in ("slots", "block", "token", "stream"):
+        for how in ("slots", "block", "token", "stream", "blocks"):
             getattr(self, f"read_{how}")(opened, 0.5)
 
     # Operations
 
     def remove_folder(self, which: str) -> None:
-        folder = self.work if which == "work" else self.path_of(which)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(self.path_of(which), ignore_errors=True)
 
     def finish(self) -> None:
         """Run `fill` as a person would: again where it says so, after moving away what it names."""
@@ -368,7 +434,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         raise AssertionError("expected the third run to finish")
 
-    def repair_from(self, path: Path, source: str | None) -> store.repair.RepairReport:
+    def repair_from(self, path: Path, source: str | None) -> RepairReport:
         return repair(path, source=None if source is None else LocalFiles(self.path_of(source)))
 
     def pull_from(self, source: str) -> None:

@@ -4,10 +4,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import store
+from store.lanes import ArrayDecoder
 from store.shuffle import plan_batches
 from store.stream import SHARDS_AHEAD
 from store.stream_plan import BATCHES_ALIVE, PREFETCHED_BATCHES
@@ -249,8 +251,8 @@ def test_tokens_stop_the_stream(packed):
         ({"tokens": 169}, "expected 169 or more in 1 epochs, got 168"),
         ({"tokens": 337, "epochs": 2}, "expected 337 or more in 2 epochs, got 336"),
         ({"tokens": 148, "exclude_positions": (0,)}, "expected 148 .* got 147"),
-        ({"batch_size": 169}, "expected 169 or more"),
-        ({"tokens": 15}, "expected 16 or more"),
+        ({"batch_size": 169}, "at least a batch of 169, got 168"),
+        ({"tokens": 15}, "at least a batch of 16, got 15"),
         ({"hook": "other"}, f"hook at .*{HOOK}"),
         ({"exclude_positions": (CONTEXT,)}, r"expected 0\.\.7, got \[8\]"),
         ({"exclude_positions": (-1,)}, r"got \[-1\]"),
@@ -327,13 +329,13 @@ def test_no_thread_is_left_behind(packed):
 def test_prefetch_is_bounded(packed, monkeypatch):
     made = []
 
-    take = store.stream._BatchMemory.take
+    decode = ArrayDecoder.decode
 
-    def spy(self, n_rows):
-        made.append(n_rows)
-        return take(self, n_rows)
+    def spy(self, parts):
+        made.append(parts)
+        return decode(self, parts)
 
-    monkeypatch.setattr(store.stream._BatchMemory, "take", spy)
+    monkeypatch.setattr(ArrayDecoder, "decode", spy)
     batches = store.stream_batches(packed, plan(packed, batch_size=4, epochs=9))
     next(batches)
     time.sleep(0.3)
@@ -369,15 +371,29 @@ class Announced(store.files.LocalFiles):
         return super().open(path, file)
 
 
+@pytest.mark.parametrize(("window", "lead"), [(2, 1), (5, 4)])
 @pytest.mark.parametrize("first_batch", [0, 5])
-def test_files_are_asked_for_a_few_shards_ahead(packed, first_batch):
-    files = Announced(packed.where)
+def test_files_are_asked_for_a_window_of_shards_ahead(tmp_path, first_batch, window, lead):
+    spec = make_spec(np.full(84, CONTEXT, np.int32), min_shards=21)
+    files = Announced(write_store(tmp_path / "out", spec).where)
     opened = store.open_store(files)
-    planned = plan(opened, window=2)
+    planned = plan(opened, window=window)
     assert len(list(store.stream_batches(opened, planned, first_batch=first_batch))) > 0
-    assert max(files.lead) == SHARDS_AHEAD
+    assert files.lead[0] == SHARDS_AHEAD - 1  # the first batch waits for no more than it needs
+    assert max(files.lead) == lead
     shards = [paths[0].split("/")[2] for paths in files.asked]
     assert all(len(paths) == 6 for paths in files.asked)
     assert len(shards) == len(set(shards))
     tokens = [path.split("/")[2] for path in files.opened if path.startswith("tokens")]
     assert tokens == shards
+
+
+def test_views_that_a_consumer_keeps_never_change(packed):
+    kept = [
+        (batch.acts.numpy()[::2], batch.grads.t(), batch.acts.clone(), batch.grads.clone())
+        for batch in store.stream_batches(packed, plan(packed, epochs=9))
+    ]
+    assert len(kept) > 3 * BATCHES_ALIVE
+    for every_second, transposed, acts, grads in kept:
+        assert np.array_equal(every_second, acts.numpy()[::2])
+        assert torch.equal(transposed.t(), grads)

@@ -6,18 +6,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import store
 
-N_SHARDS, BLOCKS, CONTEXT, D_MODEL = 40, 64, 32, 1024
+N_SHARDS, BLOCKS, CONTEXT, D_MODEL = 60, 64, 32, 1024
 PROGRAM = """
 import json, sys
+import numcodecs.blosc  # as large as all that a stream holds
 import store
 
 opened = store.open_store(sys.argv[1])
 plan = store.plan_stream(
-    opened, hook="h", batch_size=512, epochs=1, seed=0, window=8, exclude_positions=(0,)
+    opened, hook="h", batch_size=256, epochs=1, seed=0, window=8, exclude_positions=(0,)
 )
 
 def read_status(key):
@@ -36,7 +38,7 @@ print(json.dumps({
 """
 
 
-def write_large(out: Path) -> int:
+def write_large(out: Path, numbers: str, compression: str) -> int:
     """Shards of the same cheap rows; returns the bytes of all files."""
     n_rows = BLOCKS * CONTEXT
     spec = store.StoreSpec(
@@ -44,8 +46,9 @@ def write_large(out: Path) -> int:
         hooks=("h",),
         d_model=D_MODEL,
         context_length=CONTEXT,
-        acts_dtype="float16",
-        grads_dtype="float16",
+        acts_dtype=numbers,
+        grads_dtype=numbers,
+        compression=compression,
         seed=0,
         layout=store.plan_shards(
             np.full(N_SHARDS * BLOCKS, CONTEXT, np.int32),
@@ -74,8 +77,9 @@ def write_large(out: Path) -> int:
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
-def test_a_store_ten_times_the_limit_is_read_within_it(tmp_path):
-    n_bytes = write_large(tmp_path / "out")
+@pytest.mark.parametrize(("numbers", "compression"), [("float16", "none"), ("int8", "blosc")])
+def test_a_store_ten_times_the_limit_is_read_within_it(tmp_path, numbers, compression):
+    n_bytes = write_large(tmp_path / "out", numbers, compression)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, tmp_path / "out"],
         capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],

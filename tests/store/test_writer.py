@@ -194,3 +194,36 @@ def test_several_hooks_in_any_order_give_the_same_bytes(tmp_path):
         written.append(list_files(work))
     assert written[0] == written[1]
     assert np.array_equal(PACKED, np.array(spec.identity["lengths"]))
+
+
+@pytest.mark.parametrize("name", ["tokens", "block", "position"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.float(),  # would be truncated
+        lambda values: values.long() + 2**32,  # would lose its upper half
+        lambda values: -1 - values,  # would look like a slot without a row
+    ],
+)
+def test_integers_that_would_change_are_refused(tmp_path, name, change):
+    spec = make_spec()
+    shard = spec.layout.shards[1]
+    rows = make_rows(spec, shard)
+    rows = rows._replace(**{name: change(getattr(rows, name))})
+    store.prepare_work(tmp_path, spec)
+    with pytest.raises(ValueError, match="of shard 1: expected"):
+        store.write_shard(tmp_path, spec, shard, rows)
+
+
+def test_a_damaged_spec_file_costs_no_shard(tmp_path):
+    spec = make_spec()
+    store.prepare_work(tmp_path, spec)
+    store.write_shard(tmp_path, spec, spec.layout.shards[0], make_rows(spec, spec.layout.shards[0]))
+    file = tmp_path / "spec.json"
+    whole = file.read_bytes()
+    for damaged in (whole.replace(b'"n_rows": 168', b'"n_rows": 169'), whole[:40], b"[]", b""):
+        assert damaged != whole
+        file.write_bytes(damaged)
+        store.prepare_work(tmp_path, spec)
+        assert file.read_bytes() == whole
+        assert list(store.committed_shards(tmp_path, spec)) == [0]
