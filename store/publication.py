@@ -36,9 +36,9 @@ def publish(
 ) -> Manifest:
     """Make `out` the finished store, by hard links to the work folder, and return its manifest.
 
-    Returns at once if `out` already is that store. A removed or damaged `out` is made again from
-    the work folder, with the same provenance.json, so that nothing downstream of it changes. Every
-    byte is checked first.
+    Returns at once if `out` already is that store, by its manifest and the sizes of its files. One
+    that is removed, or lacks or cuts a file, is made again from the work folder, with the same
+    provenance.json, so that nothing downstream of it changes; every byte of that is checked first.
 
     Raises StoreMismatch if `out` is another store (unless `overwrite`) or no store; ShardMissing if
     shards are not committed; ShardCorrupt if the work folder's files are damaged, after dropping
@@ -58,7 +58,9 @@ def publish(
     sweep(work)  # of workers that died while others went on
     manifest = build_manifest(spec, [commits[shard.index].record for shard in spec.layout.shards])
     crash_point("before-publish")
-    with disk_errors(out, needed_bytes=4 * len(encode_manifest(manifest))):
+    # Of copies, which are made where the file system has no links.
+    n_bytes = sum(file.bytes for shard in manifest.shards for file in shard.files.values())
+    with disk_errors(out, needed_bytes=n_bytes + 4 * len(encode_manifest(manifest))):
         _write_descriptions(work, manifest, commits, provenance)
         _check_bytes(work)
         _replace(store_folder(work), out, spec)

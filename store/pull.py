@@ -198,9 +198,11 @@ def _refuse_foreign(out: Path, scratch: Path, manifest: Manifest) -> None:
             if former == manifest.checksum:
                 return  # an earlier pull that was cut before its manifest
             got = "files of another or an unknown store, without a manifest"
-            advice = f"Choose another --out, or run `pipeline store repair {out}`."
+            advice = (
+                f"Choose another --out, or mend it: `pipeline store repair {out} --from STORE`."
+            )
             if former is not None:
-                got = "an unfinished pull of another store"
+                got = "an unfinished pull of another or an unknown store"
                 advice = "Finish that one with its own URL, or choose another --out."
         else:
             got = "other files"
