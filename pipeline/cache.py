@@ -23,20 +23,13 @@ from pipeline.device import pick_device
 from pipeline.errors import CorpusError, ModelError
 from pipeline.model import LanguageModel, hash_weights, load_model
 from store.adoption import adopt_shards
+from store.disk import check_room
 from store.layout import ShardSpec
+from store.lock import lock_work
 from store.manifest import Manifest, StoreSpec
-from store.publication import find_published, sweep_aside
-from store.work import read_commits
-from store.writer import (
-    ShardRows,
-    check_room,
-    committed_shards,
-    lock_work,
-    prepare_work,
-    publish,
-    sweep,
-    write_shard,
-)
+from store.publication import find_published, publish, sweep_aside
+from store.work import committed_shards, read_commits, sweep
+from store.writer import ShardRows, prepare_work, write_shard
 
 Mapper = Callable[[Callable[[ShardSpec], int], Iterable[ShardSpec]], Iterable[int]]
 

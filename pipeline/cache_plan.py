@@ -19,11 +19,12 @@ from pipeline.model import (
     resolve_hooks,
 )
 from store.adoption import list_adoptable
+from store.disk import free_bytes
 from store.layout import ShardSpec, StoreLayout, plan_shards
 from store.manifest import FORMAT_VERSION, StoreSpec, diff_identities
 from store.publication import find_published
-from store.work import locate_work
-from store.writer import committed_shards, free_bytes, required_bytes
+from store.work import committed_shards, locate_work
+from store.writer import required_bytes
 
 BYTES_PER_NUMBER = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 

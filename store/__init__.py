@@ -22,6 +22,7 @@ from store.errors import (
     StoreUnreachable,
 )
 from store.layout import ShardSpec, StoreLayout, permute_rows, plan_shards
+from store.lock import lock_work
 from store.manifest import Manifest, StoreSpec, diff_identities, fingerprint_of
 from store.mixing import Mixedness
 from store.publication import find_published, publish, sweep_aside
@@ -36,15 +37,8 @@ from store.stream_plan import (
     resume_batch,
     stream_memory_bytes,
 )
-from store.writer import (
-    ShardRows,
-    committed_shards,
-    lock_work,
-    prepare_work,
-    required_bytes,
-    sweep,
-    write_shard,
-)
+from store.work import committed_shards, sweep
+from store.writer import ShardRows, prepare_work, required_bytes, write_shard
 
 __all__ = [
     "AccessDenied",

@@ -22,6 +22,7 @@ from store.manifest import (
     encode_manifest,
 )
 from store.reader import open_store
+from store.summary import count_bytes
 from store.verify import find_damage
 from store.work import Commit, forget_shard, read_commits, store_folder, sweep
 
@@ -59,8 +60,8 @@ def publish(
     manifest = build_manifest(spec, [commits[shard.index].record for shard in spec.layout.shards])
     crash_point("before-publish")
     # Of copies, which are made where the file system has no links.
-    n_bytes = sum(file.bytes for shard in manifest.shards for file in shard.files.values())
-    with disk_errors(out, needed_bytes=n_bytes + 4 * len(encode_manifest(manifest))):
+    needed_bytes = count_bytes(manifest) + 4 * len(encode_manifest(manifest))
+    with disk_errors(out, needed_bytes):
         _write_descriptions(work, manifest, commits, provenance)
         _check_bytes(work)
         _replace(store_folder(work), out, spec)

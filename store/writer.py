@@ -17,11 +17,10 @@ from filelock import FileLock
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from store.disk import check_room, disk_errors, free_bytes, make_folder, write_durably
+from store.disk import disk_errors, make_folder, write_durably
 from store.errors import ManifestError
 from store.files import LocalFiles
 from store.layout import ShardSpec, permute_rows
-from store.lock import lock_work
 from store.manifest import (
     FileRecord,
     ShardRecord,
@@ -33,29 +32,13 @@ from store.manifest import (
 )
 from store.metadata import check_metadata, create_metadata, list_metadata
 from store.numbers import RowNames, Statistics, Stored, check_numbers, encode_numbers
-from store.publication import publish
 from store.shardfile import encode_shard
 from store.work import (
     Commit,
-    committed_shards,
     read_commits,
     store_folder,
-    sweep,
     write_commit,
 )
-
-__all__ = [
-    "ShardRows",
-    "check_room",
-    "committed_shards",
-    "free_bytes",
-    "lock_work",
-    "prepare_work",
-    "publish",
-    "required_bytes",
-    "sweep",
-    "write_shard",
-]
 
 _METADATA_BYTES = 4096  # of one zarr.json: a block of common file systems
 _MANIFEST_BYTES = 512  # per shard file: hash, names, and a checksum per chunk

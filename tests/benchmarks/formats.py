@@ -20,9 +20,11 @@ from pipeline.evaluate import evaluate_run
 from pipeline.training import plan_training, run_training
 from store import plan_stream, stream_batches
 from store.layout import ShardSpec
+from store.lock import lock_work
 from store.manifest import StoreSpec
+from store.publication import publish
 from store.reader import ActivationStore, open_store
-from store.writer import ShardRows, lock_work, prepare_work, publish, write_shard
+from store.writer import ShardRows, prepare_work, write_shard
 from tests.tiny import run_cli
 
 NUMBERS = ("float32", "float16", "bfloat16", "int8")

@@ -11,8 +11,8 @@ import torch
 import store
 from store.errors import NumberRangeError, StoreMismatch
 from store.manifest import StoreSpec
-from store.work import commit_path, store_folder
-from store.writer import prepare_work, required_bytes, sweep, write_shard
+from store.work import commit_path, store_folder, sweep
+from store.writer import prepare_work, required_bytes, write_shard
 from tests.store.small_store import (
     HOOK,
     PACKED,
