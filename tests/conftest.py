@@ -1,6 +1,7 @@
 """Shapes are checked at run time, in tests only; where CI is set, a skipped test is a failure."""
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -10,6 +11,10 @@ install_import_hook(["pipeline", "store"], "beartype.beartype")
 
 settings.register_profile("steady", deadline=None)  # a busy machine is no failure
 settings.load_profile("steady")
+
+
+# A job in the background has SIGINT ignored, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
