@@ -256,7 +256,7 @@ def test_debug_shows_the_traceback():
         (["cache", "--layer", "1", "--set", "cache.layers=[2]"], "expected cache.layers once", 2),
         (["cache", "--set", "cache.layers=" + "[" * 3000], "YAML at --set", 2),
         (["evaluate"], "Run `pipeline train`", 1),
-        (["train"], "Run `pipeline cache`", 1),
+        (["train"], "make the store with `pipeline cache`", 1),
     ],
 )
 def test_2_more_wrong_values(capsys, args, message, code):

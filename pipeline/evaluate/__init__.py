@@ -21,7 +21,7 @@ from pipeline.sae import load_sae, read_sae_config
 from store.errors import StoreMismatch
 from store.files import StoreFiles
 from store.manifest import diff_identities
-from store.reader import ActivationStore, open_store
+from store.reader import ActivationStore, open_files, open_store, read_manifest
 
 _QUANTILES = 101  # points of each firing-frequency curve
 
@@ -47,8 +47,9 @@ def evaluate_run(
         )
     run = read_run(run_folder)
     partial = run.config["train"]["allow_partial"]
-    opened = open_store(store, hook=run.hook, allow_partial=partial)
-    run.check_store(opened.manifest)
+    files = open_files(store) if isinstance(store, str | Path) else store
+    run.check_store(read_manifest(files))
+    opened = open_store(files, hook=run.hook, allow_partial=partial)
     checkpoint = locate_checkpoint(config.model.name, config.model.revision)
     corpus = open_corpus(corpus_folder)
     check_origin(opened, config, corpus, checkpoint)
