@@ -1,7 +1,7 @@
 """The five stages on a tiny project, and what an interruption may cost."""
 
 import json
-import time
+import signal
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from pipeline.corpus import open_corpus
 from pipeline.model import load_model
 from store import open_store
 from store.layout import permute_rows
-from tests.tiny import kill_group, make_project, read_tree, run_cli, spawn_cli
+from tests.tiny import make_project, read_tree, run_cli, spawn_cli
 
 HOOK = "blocks.1.hook_resid_post"
 STAGES = ("corpus", "cache", "train", "evaluate", "report")
@@ -121,21 +121,17 @@ def test_sigkill_while_caching_costs_only_the_shards_at_hand(
     finished, tmp_path, monkeypatch, capsys
 ):
     project = make_project(tmp_path / "killed")
-    process = spawn_cli("cache", cwd=project)
-    commits = None
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        commits = list((project / "stores").glob(".work/*/commits/*.json"))
-        if len(commits) >= 2:
-            break
-        time.sleep(0.002)
-    kill_group(process)
+    process = spawn_cli(
+        "cache", cwd=project, STORE_CRASH_POINT="before-write:commit", STORE_CRASH_SKIP="3"
+    )
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
     assert not (project / "stores/tiny").exists()
     kept = {
         path: path.stat().st_mtime_ns
         for path in (project / "stores").glob(".work/*/commits/*.json")
     }
-    assert kept
+    assert len(kept) == 3
 
     monkeypatch.chdir(project)
     assert run_cli("cache") == 0
