@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.store.damage import DAMAGES, swap
 from tests.tiny import make_project, read_tree, run_cli
@@ -378,6 +379,7 @@ def run_as_nobody(folder, *args) -> tuple[int, str]:
     if child == 0:
         sys.stderr = (folder / "err").open("w")
         os.setuid(65534)
+        torch.set_num_threads(1)  # OpenMP's other threads are not in this child
         code = run_cli(*args)
         sys.stderr.flush()
         os._exit(code)
