@@ -3,21 +3,21 @@
 import itertools
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from store.errors import StoreError
-from store.lanes import ArrayDecoder, ArrayReader, OpenShard, Run
-from store.numbers import Stored
+from store.lanes import Batches, read_array, read_columns
 from store.reader import ActivationStore, list_files
-from store.shuffle import Slice, plan_batches, slice_rank
-from store.stream_plan import PREFETCHED_BATCHES, PREFETCHED_PARTS, StreamPlan
+from store.shuffle import plan_batches, slice_rank
+from store.stream_plan import PREFETCHED_BATCHES, StreamPlan
 
 SHARDS_AHEAD = 2  # that a remote is asked for at first, before they are opened; later a window's
 _THREAD = "store-prefetch"
@@ -60,7 +60,7 @@ def stream_batches(
             f"got {first_batch}. Ask for more tokens, or start anew."
         )
 
-    def plan_pieces() -> Iterator[list[Slice]]:
+    def plan_pieces() -> Batches:
         batches = plan_batches(
             plan.rows_per_shard,
             batch_size=plan.batch_size,
@@ -72,19 +72,60 @@ def stream_batches(
         )
         return itertools.islice(batches, plan.n_batches - first_batch)
 
-    coming = _announce_shards(store, plan, plan_pieces())
-    own = slice_rank(plan.batch_size, rank, world_size)
-    parts = read_ahead(_read_parts(store, plan, plan_pieces(), coming), PREFETCHED_PARTS)
-    return read_ahead(_join_parts(store, plan, len(own), parts))
+    announcer = _Announcer(store, plan, plan_pieces())
+    n_rows = len(slice_rank(plan.batch_size, rank, world_size))
+    columns = read_columns(store, plan, plan_pieces(), announcer.follow())
+    acts, grads = (
+        read_array(store, plan, f"{plan.hook}/{name}", plan_pieces(), n_rows, announcer.follow())
+        for name in ("acts", "grads")
+    )
+    return _join(store, read_ahead(columns), read_ahead(acts), read_ahead(grads))
 
 
-def _announce_shards(
-    store: ActivationStore, plan: StreamPlan, batches: Iterator[list[Slice]]
-) -> Iterator[None]:
-    """Ask for the files of one more shard at each step, in the order in which lanes open them.
+def _join(
+    store: ActivationStore,
+    columns: Generator[list[np.ndarray], None, None],
+    acts: Generator[Tensor, None, None],
+    grads: Generator[Tensor, None, None],
+) -> Generator[Batch, None, None]:
+    with ExitStack() as at_end:
+        at_end.callback(store.files.cancel_prefetch)
+        for part in (columns, acts, grads):
+            at_end.enter_context(closing(part))
+        for row_columns, batch_acts, batch_grads in zip(columns, acts, grads, strict=True):
+            yield Batch(batch_acts, batch_grads, *map(torch.from_numpy, row_columns))
+
+
+class _Announcer:
+    """Asks a remote for shards' files ahead of need, once for all readers of a stream.
 
     Lanes change their shards at about the same time, so a window's shards are asked for ahead.
     """
+
+    def __init__(self, store: ActivationStore, plan: StreamPlan, batches: Batches) -> None:
+        self._coming = _announce_shards(store, plan, batches)
+        self._window = plan.window
+        self._n_announced = 0
+        self._lock = threading.Lock()
+
+    def follow(self) -> Callable[[], None]:
+        """What one reader is to call before it opens its next shard."""
+        count = itertools.count()
+
+        def on_open() -> None:
+            n_opened = next(count)
+            wanted = n_opened + max(SHARDS_AHEAD, min(n_opened, self._window))
+            with self._lock:
+                more = itertools.islice(self._coming, max(wanted - self._n_announced, 0))
+                self._n_announced += sum(1 for _ in more)
+
+        return on_open
+
+
+def _announce_shards(store: ActivationStore, plan: StreamPlan, batches: Batches) -> Iterator[None]:
+    """Ask for the files of one more shard at each step, in the order in which lanes open them."""
+    if store.files.room_bytes is None:
+        return  # all files are here
     files: dict[int, list] = {shard: [] for shard in plan.shards}
     for file in list_files(store, plan.hook):
         if file.shard in files:
@@ -95,61 +136,6 @@ def _announce_shards(
             in_lane[piece.lane] = piece.shard
             store.files.prefetch(files[plan.shards[piece.shard]])
             yield
-
-
-class _Parts(NamedTuple):
-    """What one batch is put together from."""
-
-    acts: list[Stored]
-    grads: list[Stored]
-    columns: list[np.ndarray]  # tokens, loss, block, position
-
-
-def _read_parts(
-    store: ActivationStore,
-    plan: StreamPlan,
-    batches: Iterator[list[Slice]],
-    coming: Iterator[None],
-) -> Generator[_Parts, None, None]:
-    """Read and check what each batch needs, chunk by chunk."""
-    acts, grads = (ArrayReader(store, f"{plan.hook}/{name}") for name in ("acts", "grads"))
-    lanes: dict[int, OpenShard] = {}
-    n_opened = n_announced = 0
-    with ExitStack() as at_end:
-        at_end.callback(acts.close)
-        at_end.callback(grads.close)
-        at_end.callback(store.files.cancel_prefetch)
-        for pieces in batches:
-            runs: list[Run] = []
-            columns = []
-            for lane, index, start, stop in pieces:
-                opened = lanes.get(lane)
-                if opened is None or opened.shard != plan.shards[index]:
-                    lanes.pop(lane, None)  # before the next takes its room
-                    wanted = n_opened + max(SHARDS_AHEAD, min(n_opened, plan.window))
-                    n_announced += sum(1 for _ in itertools.islice(coming, wanted - n_announced))
-                    n_opened += 1
-                    opened = lanes[lane] = OpenShard(store, plan, plan.shards[index])
-                runs += opened.list_runs(lane, start, stop)
-                columns.append([column[start:stop] for column in opened.columns])
-            joined = [np.concatenate(column) for column in zip(*columns, strict=True)]
-            yield _Parts(acts.list_parts(runs), grads.list_parts(runs), joined)
-
-
-def _join_parts(
-    store: ActivationStore, plan: StreamPlan, n_rows: int, batches: Generator[_Parts, None, None]
-) -> Generator[Batch, None, None]:
-    acts, grads = (
-        ArrayDecoder(store.arrays[f"{plan.hook}/{name}"].numbers, store.d_model, n_rows)
-        for name in ("acts", "grads")
-    )
-    with closing(batches):
-        for parts in batches:
-            yield Batch(
-                acts.decode(parts.acts),
-                grads.decode(parts.grads),
-                *map(torch.from_numpy, parts.columns),
-            )
 
 
 def read_ahead(
@@ -172,7 +158,10 @@ def read_ahead(
 
     def work() -> None:
         try:
-            with closing(items):
+            # Or torch would set this thread's number at its first use. More would spin on the cores
+            # that training needs, and take longer: 54 us against 8 for float16 [87, 768].
+            torch.get_num_threads()
+            with threadpool_limits(1, user_api="openmp"), closing(items):
                 for item in items:
                     offer(item)
                     if stopped.is_set():

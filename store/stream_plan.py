@@ -16,12 +16,10 @@ from store.reader import COLUMNS, ActivationStore, list_files
 from store.shuffle import size_slices
 
 PREFETCHED_BATCHES = 2
-PREFETCHED_PARTS = 1
-_PARTS_ALIVE = PREFETCHED_PARTS + 3  # one being read, one handed over, one being put together
-BATCHES_ALIVE = PREFETCHED_BATCHES + 3  # one being read, one handed over, one with the consumer
-_COLUMN_BYTES = 4 * len(COLUMNS) + 4  # per row of an open shard, with the slots of kept rows
-_OPENING_BYTES = 100  # per row of the shard that is being opened, copies included
-_LIBRARIES_BYTES = 2**22  # codecs, threads' stacks
+BATCHES_ALIVE = PREFETCHED_BATCHES + 3  # one just filled, one handed over, one with the consumer
+_COLUMN_BYTES = 4 * len(COLUMNS) + 2 * 4  # per row of an open shard, with the slots of kept rows
+_OPENING_BYTES = 250  # per row of the shard that all three threads open, copies included
+_LIBRARIES_BYTES = 2**23  # codecs, threads' stacks and heaps
 _ORDER_VERSION = 1  # of the rule in store/shuffle.py
 
 
@@ -160,12 +158,11 @@ def stream_memory_bytes(store: ActivationStore, plan: StreamPlan) -> int:
     """
     layout = store.spec.layout
     formats = [store.spec.arrays()[f"{plan.hook}/{name}"] for name in ("acts", "grads")]
-    chunk_bytes = sum(
-        layout.rows_per_chunk * store.d_model * f.numbers.disk.itemsize for f in formats
-    )
-    scale_bytes = 4 * sum(f.numbers.scaled for f in formats)  # per row of an open shard
-    # A lane may hold a chunk while the last is in a batch; batches in hand hold more of them.
-    n_chunks = 2 * plan.window + _PARTS_ALIVE * -(-plan.batch_size // layout.rows_per_chunk)
+    chunk_bytes = sum(store.spec.shard_format(array).chunk_bytes for array in formats)
+    scale_bytes = 4 * sum(array.numbers.scaled for array in formats)  # per row of an open shard
+    # A lane may hold a chunk while the last is in the batch that is being put together.
+    # One more is as it was before it is decompressed.
+    n_chunks = 2 * plan.window + -(-plan.batch_size // layout.rows_per_chunk) + 2
     batch_bytes = plan.batch_size * (2 * 4 * store.d_model + 4 * len(COLUMNS))
     return (
         n_chunks * chunk_bytes

@@ -24,3 +24,15 @@ def pytest_runtest_makereport(item, call):  # noqa: ARG001
         report.outcome = "failed"
         report.longrepr = f"skipped where nothing may be: {report.longrepr}"
     return report
+
+
+@pytest.fixture(scope="session")
+def cached(tmp_path_factory):
+    """A tiny project with corpus and store, for tests to copy."""
+    from tests.tiny import make_project, run_cli  # which import what the hook above must see first
+
+    folder = make_project(tmp_path_factory.mktemp("cached"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run_cli("cache") == 0
+    return folder

@@ -21,16 +21,6 @@ def project(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory):
-    """A project with corpus and store."""
-    folder = make_project(tmp_path_factory.mktemp("cached"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert run_cli("cache") == 0
-    return folder
-
-
 @pytest.fixture
 def cached_project(cached, tmp_path, monkeypatch):
     """A copy of it to harm."""

@@ -30,26 +30,12 @@ from store.disk import fsync_folder, write_durably
 from store.manifest import locate_shard
 from store.metadata import create_metadata
 from store.shardfile import encode_shard
+from tests.wide_store import make_wide_spec
 
 HOOK, ARRAY = "h", "h/acts"
 N_BLOCKS, CONTEXT, D_MODEL = 256, 640, 768
 N_ROWS = N_BLOCKS * CONTEXT
-SPEC = store.StoreSpec(
-    identity={},
-    hooks=(HOOK,),
-    d_model=D_MODEL,
-    context_length=CONTEXT,
-    acts_dtype="float16",
-    grads_dtype="float16",
-    seed=0,
-    layout=store.plan_shards(
-        np.full(N_BLOCKS, CONTEXT, np.int32),
-        context_length=CONTEXT,
-        bytes_per_row=D_MODEL * 2,
-        shard_bytes=N_ROWS * D_MODEL * 2,
-        min_shards=1,
-    ),
-)
+SPEC = make_wide_spec(1, N_BLOCKS, context=CONTEXT, d_model=D_MODEL)
 ROWS_PER_CHUNK = SPEC.layout.rows_per_chunk
 SHARD_FILE = locate_shard(ARRAY, 0)
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import store
+from tests.wide_store import make_wide_spec
 
 HOOK = "blocks.7.hook_resid_post"
 N_SHARDS, BLOCKS_PER_SHARD, CONTEXT, D_MODEL = 24, 60, 256, 768
@@ -32,23 +33,14 @@ PIECE_ROWS = 2**26 // (2 * D_MODEL) // BATCH * BATCH
 
 
 def make_spec(numbers: str, compression: str, n_shards: int) -> store.StoreSpec:
-    row_bytes = D_MODEL * store.numbers.FORMATS[numbers].disk.itemsize
-    identity = {"numbers": numbers, "compression": compression}
-    return store.StoreSpec(
-        identity=identity,
-        hooks=(HOOK,),
+    return make_wide_spec(
+        n_shards,
+        BLOCKS_PER_SHARD,
+        context=CONTEXT,
         d_model=D_MODEL,
-        context_length=CONTEXT,
-        acts_dtype=numbers,
-        grads_dtype=numbers,
+        numbers=numbers,
         compression=compression,
-        seed=0,
-        layout=store.plan_shards(
-            np.full(n_shards * BLOCKS_PER_SHARD, CONTEXT, np.int32),
-            context_length=CONTEXT,
-            bytes_per_row=row_bytes,
-            shard_bytes=BLOCKS_PER_SHARD * CONTEXT * row_bytes,
-        ),
+        hook=HOOK,
     )
 
 

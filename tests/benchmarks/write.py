@@ -20,38 +20,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import crc32c
-import numpy as np
 import torch
 
 import store
 from store.disk import write_durably
 from store.numbers import RowNames, check_numbers, encode_numbers
 from store.shardfile import encode_shard
+from tests.wide_store import make_wide_spec
 
 HOOK = "blocks.7.hook_resid_post"
 N_BLOCKS, CONTEXT, D_MODEL = 320, 256, 768
 N_ROWS = N_BLOCKS * CONTEXT
 
 T = TypeVar("T")
-
-
-def make_spec(dtype: str) -> store.StoreSpec:
-    return store.StoreSpec(
-        identity={},
-        hooks=(HOOK,),
-        d_model=D_MODEL,
-        context_length=CONTEXT,
-        acts_dtype=dtype,
-        grads_dtype=dtype,
-        seed=0,
-        layout=store.plan_shards(
-            np.full(N_BLOCKS, CONTEXT, np.int32),
-            context_length=CONTEXT,
-            bytes_per_row=D_MODEL * 2,
-            shard_bytes=N_ROWS * D_MODEL * 2,
-            min_shards=1,
-        ),
-    )
 
 
 def make_rows() -> store.ShardRows:
@@ -144,7 +125,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--folder", type=Path, help="on the disk to measure")
     arguments = parser.parse_args()
-    spec, rows = make_spec(arguments.dtype), make_rows()
+    spec, rows = (
+        make_wide_spec(
+            1, N_BLOCKS, context=CONTEXT, d_model=D_MODEL, numbers=arguments.dtype, hook=HOOK
+        ),
+        make_rows(),
+    )
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         folder = Path(scratch)
         write(folder / "work", spec, rows)

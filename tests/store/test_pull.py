@@ -9,36 +9,12 @@ from filelock import FileLock, Timeout
 
 import store
 from store.crash import CRASH_POINTS
-from store.download import Retry
 from store.files import LocalFiles
 from store.pull import Pulled, plan_pull, pull_store
 from store.remote import open_remote
-from tests.remotes import serve_http
+from tests.store.published import ACTS, FAST, HOOKS
 from tests.store.small_store import list_files, make_spec, write_store
 from tests.store.test_crash import die_at
-
-HOOKS = ("blocks.2.hook_resid_post", "blocks.7.hook_resid_post")
-ACTS = f"{HOOKS[1]}/acts/c/0/0"
-FAST = Retry(attempts=3, first_s=0.0)
-
-
-@pytest.fixture(scope="module")
-def spec():
-    return make_spec(hooks=HOOKS)
-
-
-@pytest.fixture(scope="module")
-def folder(spec, tmp_path_factory):
-    """A folder with a store called `small`."""
-    root = tmp_path_factory.mktemp("published")
-    write_store(root / "small", spec)
-    return root
-
-
-@pytest.fixture
-def server(folder):
-    with serve_http(folder) as server:
-        yield server
 
 
 def pull(url: str, out, **part) -> Pulled:

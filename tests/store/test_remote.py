@@ -23,37 +23,14 @@ from store.remote import RemoteFiles, open_remote, strip_url
 from store.shard_cache import ShardCache
 from store.verify import verify_full
 from tests.remotes import HANG_S, LOOPBACK, local_remote, serve_http, serve_s3, serve_ssh, upload
+from tests.store.published import ACTS, FAST, HOOKS
 from tests.store.small_store import (
     all_rows,
     assert_rows_equal,
-    make_spec,
     select_rows,
-    write_store,
 )
 
-HOOKS = ("blocks.2.hook_resid_post", "blocks.7.hook_resid_post")
-ACTS = f"{HOOKS[1]}/acts/c/0/0"
-FAST = Retry(attempts=3, first_s=0.0)
 SECRET = "s3cr3t-signature"
-
-
-@pytest.fixture(scope="module")
-def spec():
-    return make_spec(hooks=HOOKS)
-
-
-@pytest.fixture(scope="module")
-def folder(spec, tmp_path_factory):
-    """A folder with a store called `small`."""
-    root = tmp_path_factory.mktemp("published")
-    write_store(root / "small", spec)
-    return root
-
-
-@pytest.fixture
-def server(folder):
-    with serve_http(folder) as server:
-        yield server
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import store
-from store.lanes import ArrayDecoder
+from store.lanes import decode_parts
 from store.shuffle import plan_batches
 from store.stream import SHARDS_AHEAD
 from store.stream_plan import BATCHES_ALIVE, PREFETCHED_BATCHES
@@ -329,13 +330,11 @@ def test_no_thread_is_left_behind(packed):
 def test_prefetch_is_bounded(packed, monkeypatch):
     made = []
 
-    decode = ArrayDecoder.decode
+    def spy(parts, *others):
+        made.append(len(parts))
+        decode_parts(parts, *others)
 
-    def spy(self, parts):
-        made.append(parts)
-        return decode(self, parts)
-
-    monkeypatch.setattr(ArrayDecoder, "decode", spy)
+    monkeypatch.setattr("store.lanes.decode_parts", spy)
     batches = store.stream_batches(packed, plan(packed, batch_size=4, epochs=9))
     next(batches)
     time.sleep(0.3)
@@ -354,6 +353,8 @@ def test_errors_of_the_thread_reach_the_consumer(tmp_path):
 class Announced(store.files.LocalFiles):
     """A folder that notes which files it is asked for ahead of need, and which are opened."""
 
+    room_bytes = 2**40  # as a remote's cache has it
+
     def __init__(self, folder):
         super().__init__(folder)
         self.asked, self.opened, self.lead = [], [], []
@@ -365,9 +366,8 @@ class Announced(store.files.LocalFiles):
         if path not in self.opened:
             assert any(path in files for files in self.asked), path
             self.opened.append(path)
-            if path.startswith("tokens"):
-                n_opened = sum(name.startswith("tokens") for name in self.opened)
-                self.lead.append(len(self.asked) - n_opened)
+            opened = Counter(name.partition("/c/")[0] for name in self.opened)
+            self.lead.append(len(self.asked) - max(opened.values()))
         return super().open(path, file)
 
 
@@ -380,7 +380,7 @@ def test_files_are_asked_for_a_window_of_shards_ahead(tmp_path, first_batch, win
     planned = plan(opened, window=window)
     assert len(list(store.stream_batches(opened, planned, first_batch=first_batch))) > 0
     assert files.lead[0] == SHARDS_AHEAD - 1  # the first batch waits for no more than it needs
-    assert max(files.lead) == lead
+    assert max(files.lead) in (lead, lead + 1)  # a reader may have asked and not opened yet
     shards = [paths[0].split("/")[2] for paths in files.asked]
     assert all(len(paths) == 6 for paths in files.asked)
     assert len(shards) == len(set(shards))

@@ -5,13 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import store
+from tests.wide_store import make_wide_spec
 
-N_SHARDS, BLOCKS, CONTEXT, D_MODEL = 60, 64, 32, 1024
+N_SHARDS, BLOCKS, CONTEXT, D_MODEL = 72, 64, 32, 1024
 PROGRAM = """
 import json, sys
 import numcodecs.blosc  # as large as all that a stream holds
@@ -41,22 +41,14 @@ print(json.dumps({
 def write_large(out: Path, numbers: str, compression: str) -> int:
     """Shards of the same cheap rows; returns the bytes of all files."""
     n_rows = BLOCKS * CONTEXT
-    spec = store.StoreSpec(
-        identity={},
-        hooks=("h",),
+    spec = make_wide_spec(
+        N_SHARDS,
+        BLOCKS,
+        context=CONTEXT,
         d_model=D_MODEL,
-        context_length=CONTEXT,
-        acts_dtype=numbers,
-        grads_dtype=numbers,
+        numbers=numbers,
         compression=compression,
-        seed=0,
-        layout=store.plan_shards(
-            np.full(N_SHARDS * BLOCKS, CONTEXT, np.int32),
-            context_length=CONTEXT,
-            bytes_per_row=2 * D_MODEL,
-            shard_bytes=n_rows * 2 * D_MODEL,
-            chunk_bytes=2**17,
-        ),
+        chunk_bytes=2**17,
     )
     acts, grads = torch.randn(2, n_rows, D_MODEL)
     rows = torch.arange(n_rows)
