@@ -46,6 +46,11 @@ Different = AfterValidator(_all_different)
 Counts = Annotated[tuple[Count, ...], _Items, Field(min_length=1), Different]
 Indices = Annotated[tuple[Index, ...], _Items, Different]
 Weights = Annotated[tuple[Weight, ...], _Items, Field(min_length=1), Different]
+Architecture = Literal[
+    "topk", "batch_topk", "relu", "gated", "jumprelu", "tokenized", "switch", "end_to_end"
+]
+Architectures = Annotated[tuple[Architecture, ...], _Items, Field(min_length=1), Different]
+Loggers = Annotated[tuple[Literal["wandb", "tensorboard"], ...], _Items, Different]
 
 
 class Section(BaseModel):
@@ -96,29 +101,52 @@ class TrainConfig(Section):
     """Which SAEs, and how they train; betas x ks x seeds share one pass over the stream."""
 
     hook: str | None  # which of the store's hooks; null where it has only one
+    architectures: Architectures  # all of them, with every beta (if they select), k and seed
     betas: Weights  # weight of the gradient in the selection; 0 is TopK
-    ks: Counts  # latents kept per row
+    ks: Counts  # latents kept per row, or the mean number wanted of an architecture without k
     seeds: Annotated[Indices, Field(min_length=1)]  # of the decoder's start
     d_sae: Count  # latents
     loss_tokens: Count  # beta / loss_tokens weighs the gradient of the summed loss
+    n_experts: Count  # of a switch SAE
+    jumprelu_bandwidth: Rate  # in units of the scaled input, for the thresholds' gradient
+    aux_weight: Weight  # of the AuxK loss, which revives dead latents; 0 is without
+    aux_k: Count | None  # dead latents that AuxK keeps per row; null: d_model / 2
+    k_start: Count | None  # k at the first step, falling linearly to k; null: k from the start
+    k_anneal_fraction: Fraction  # of the steps, until k is reached
     decoder_norm: Literal["unit", "free"]  # unit: rows of W_dec kept at norm 1
+    b_dec_start: Literal["mean", "geometric_median", "zero"]  # of the first batch
     input_scaling: Literal["none", "mean_norm"]  # mean_norm: to a mean row norm of sqrt(d_model)
+    precision: Literal["float32", "bfloat16", "auto"]  # of the encoder's products; weights: float32
     batch_size: Count  # rows
     epochs: Count  # passes over the store
     tokens: Count | None  # stop after this many; null is all epochs
+    steps: Count | None  # stop after this many; null is all epochs
     lr: Rate  # Adam's
     lr_warmup_fraction: Fraction  # of the steps
-    lr_decay_fraction: Fraction  # of the steps, linearly to zero at the end
+    lr_decay_fraction: Fraction  # of the steps, at the end
+    lr_decay: Literal["linear", "cosine"]  # shape of that decay
+    lr_end_fraction: Fraction  # of lr, one step after the last
+    max_grad_norm: Rate | None  # gradients are clipped to it; null: never
+    average_decay: OpenFraction | None  # save exponential moving averages; null: last weights
     exclude_positions: Indices  # positions of a block that training leaves out
     window_shards: Count | None  # shards interleaved at once; null: as many as mix 0.9 of i.i.d.
     allow_partial: bool  # train on the shards that are there where others are missing
     shuffle_seed: Index  # of the stream's order
     log_every: Count  # steps between logged rows
+    checkpoint_every: Count  # steps between checkpoints, of which the last two are kept
+    loggers: Loggers  # wandb, tensorboard; beside DVCLive and Parquet
 
     @model_validator(mode="after")
     def _agree(self) -> "TrainConfig":
         if max(self.ks) > self.d_sae:
             raise ValueError(f"ks: expected at most d_sae = {self.d_sae}, got {max(self.ks)}")
+        if self.tokens is not None and self.steps is not None:
+            raise ValueError("steps: expected null where tokens is set, got both")
+        if self.k_start is not None and not max(self.ks) <= self.k_start <= self.d_sae:
+            raise ValueError(
+                f"k_start: expected {max(self.ks)} (the largest of ks) to d_sae = {self.d_sae}, "
+                f"got {self.k_start}"
+            )
         if self.lr_warmup_fraction + self.lr_decay_fraction > 1:
             raise ValueError("lr_warmup_fraction + lr_decay_fraction: expected at most 1 together")
         return self

@@ -15,6 +15,7 @@ HISTORY_SCHEMA = pa.schema(
         ("lr", pa.float64()),
         ("tokens_per_s", pa.float64()),  # rows per second, all members together, since the last row
         ("loss", pa.float64()),
+        ("penalty", pa.float64()),
         ("nmse", pa.float64()),
         ("nmse_squared", pa.float64()),
         ("l0", pa.float64()),

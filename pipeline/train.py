@@ -25,8 +25,8 @@ from pipeline.config import TrainConfig
 from pipeline.errors import TrainError
 from pipeline.files import write_json
 from pipeline.history import History
-from pipeline.member import Member, StepMetrics, plan_members, start_member, step_member
-from pipeline.sae import save_sae
+from pipeline.member import Member, plan_members, start_member, step_member
+from pipeline.sae import StepMetrics, save_sae
 from store.stream import Batch
 
 
@@ -126,13 +126,7 @@ def train(
             )
             for member in members:
                 metrics[member.spec.name] = step_member(
-                    member,
-                    acts,
-                    grads,
-                    lr=lr,
-                    decoder_norm=config.decoder_norm,
-                    step=step,
-                    full=logged,
+                    member, acts, grads, config=config, lr=lr, full=logged
                 )
 
             tokens_per_s = (tokens - tokens_at_log) / (time.perf_counter() - time_at_log)
@@ -151,7 +145,9 @@ def train(
             )
         for member, history in zip(members, histories, strict=True):
             folder = work / member.spec.name
-            save_sae(member.sae, folder, training=_explain(member, config, n_steps, provenance))
+            save_sae(
+                member.learner.sae, folder, training=_explain(member, config, n_steps, provenance)
+            )
             history.close(folder / "history.parquet")
         write_json(work / "summary.json", {n: m._asdict() for n, m in metrics.items()})
         write_json(

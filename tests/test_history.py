@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.history import HISTORY_SCHEMA, History
-from pipeline.member import StepMetrics
+from pipeline.sae import StepMetrics
 
 
 def make_row(step: int) -> dict:
-    metrics = StepMetrics(9.0 / step, 0.5, 0.25, 3.5, 7, 1.0, 0.125)
+    metrics = StepMetrics(9.0 / step, 0.0, 0.5, 0.25, 3.5, 7, 1.0, 0.125)
     return {"step": step, "tokens": 10 * step, "lr": 0.1, "tokens_per_s": 5.0, **metrics._asdict()}
 
 

@@ -5,28 +5,45 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import TrainConfig
-from pipeline.member import Member, StepMetrics, plan_members, start_member, step_member
+from pipeline.member import plan_members, start_member
+from pipeline.sae import Learner, StepMetrics, take_step
 
 DEFAULTS = {
     "hook": None,
+    "architectures": ("topk",),
     "betas": (0.0,),
     "ks": (3,),
     "seeds": (0,),
     "d_sae": 24,
     "loss_tokens": 10,
+    "n_experts": 4,
+    "jumprelu_bandwidth": 0.03,
+    "aux_weight": 0.0,
+    "aux_k": None,
+    "k_start": None,
+    "k_anneal_fraction": 0.0,
     "decoder_norm": "unit",
+    "b_dec_start": "mean",
     "input_scaling": "none",
+    "precision": "float32",
     "batch_size": 64,
     "epochs": 1,
     "tokens": None,
+    "steps": None,
     "lr": 0.01,
     "lr_warmup_fraction": 0.0,
     "lr_decay_fraction": 0.0,
+    "lr_decay": "linear",
+    "lr_end_fraction": 0.0,
+    "max_grad_norm": None,
+    "average_decay": None,
     "exclude_positions": (),
     "window_shards": 1,
     "allow_partial": False,
     "shuffle_seed": 0,
     "log_every": 2,
+    "checkpoint_every": 100,
+    "loggers": (),
 }
 
 
@@ -34,15 +51,15 @@ def make_config(**changes: object) -> TrainConfig:
     return TrainConfig.model_validate(DEFAULTS | changes)
 
 
-def start(acts: Tensor, **changes: object) -> Member:
+def start(acts: Tensor, **changes: object) -> Learner:
     config = make_config(**changes)
-    return start_member(plan_members(config)[0], config, acts)
+    return start_member(plan_members(config)[0], config, acts).learner
 
 
 def step(
-    member: Member, acts: Tensor, grads: Tensor, *, lr: float = 0.01, decoder_norm: str = "unit"
+    member: Learner, acts: Tensor, grads: Tensor, *, lr: float = 0.01, decoder_norm: str = "unit"
 ) -> StepMetrics:
-    return step_member(member, acts, grads, lr=lr, decoder_norm=decoder_norm, step=1, full=True)
+    return take_step(member, acts, grads, lr=lr, decoder_norm=decoder_norm, full=True)
 
 
 def draw(n: int = 64, d_model: int = 8, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -195,15 +212,7 @@ def test_it_recovers_known_sparse_features(d_sae: int) -> None:
     assert mean_cosine() < 0.6
     for i in range(400):
         rows = draw_rows()
-        step_member(
-            member,
-            rows,
-            torch.zeros_like(rows),
-            lr=3e-3 * min(1.0, (400 - i) / 80),
-            decoder_norm="unit",
-            step=i,
-            full=False,
-        )
+        take_step(member, rows, lr=3e-3 * min(1.0, (400 - i) / 80))
     assert mean_cosine() >= 0.9
 
 

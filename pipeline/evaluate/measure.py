@@ -20,7 +20,7 @@ from pipeline.errors import CorpusError
 from pipeline.evaluate.activity import Activity
 from pipeline.evaluate.faithfulness import ce_recovered, loss_added, nmse_per_row
 from pipeline.model import LanguageModel
-from pipeline.sae import TopKSAE
+from pipeline.sae import SparseAutoencoder
 from pipeline.sae.selection import measure_gradient_weight, measure_overlap
 
 MODES = ("with_gradient", "without_gradient")
@@ -63,7 +63,7 @@ class BetaScale(NamedTuple):
 def evaluate_saes(
     model: LanguageModel,
     corpus: Corpus,
-    saes: Mapping[str, TopKSAE],
+    saes: Mapping[str, SparseAutoencoder],
     *,
     hook: str,
     mean_act: Tensor,
@@ -174,7 +174,11 @@ def read_held_out(
 
 
 def _add_batch(
-    totals: dict[str, Totals], model: LanguageModel, batch: HeldOut, sae: TopKSAE, hook: str
+    totals: dict[str, Totals],
+    model: LanguageModel,
+    batch: HeldOut,
+    sae: SparseAutoencoder,
+    hook: str,
 ) -> None:
     """Reconstruct and patch one batch in both modes; at beta = 0 the second is the first."""
     for mode in MODES if sae.beta else MODES[:1]:
@@ -209,7 +213,7 @@ def _patched_sum(
 
 
 def _measure_beta(
-    sae: TopKSAE, batch: HeldOut, loss_tokens: tuple[int, ...]
+    sae: SparseAutoencoder, batch: HeldOut, loss_tokens: tuple[int, ...]
 ) -> dict[int, BetaScale]:
     acts, grads = batch.acts[batch.patched], batch.grads[batch.patched]
     plain = sae.encode(acts).indices
@@ -243,7 +247,7 @@ def _average_scales(
     }
 
 
-def _describe(sae: TopKSAE) -> dict[str, Any]:
+def _describe(sae: SparseAutoencoder) -> dict[str, Any]:
     return {"k": sae.k, "beta": sae.beta, "d_sae": sae.d_sae, "loss_tokens": sae.loss_tokens}
 
 

@@ -4,10 +4,10 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,26 +15,36 @@ from torch import Tensor
 from pipeline.config import Count, Section, Weight
 from pipeline.errors import ConfigError, TrainError
 from pipeline.files import write_json
-from pipeline.sae.topk import TopKSAE
+from pipeline.sae.architectures import ARCHITECTURES
+from pipeline.sae.base import SparseAutoencoder
 
 WEIGHTS_NAME = "sae.safetensors"
 CONFIG_NAME = "config.json"
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 
+def _known(architecture: str) -> str:
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"expected one of {', '.join(ARCHITECTURES)}, got {architecture!r:.40}")
+    return architecture
+
+
 class SaeConfig(Section):
     """What config.json says of an SAE."""
 
-    architecture: Literal["topk"]
+    architecture: Annotated[str, AfterValidator(_known)]
     d_model: Count
     d_sae: Count
     k: Count
     beta: Weight
     loss_tokens: Count
+    options: dict[str, Any]  # the architecture's own, such as n_experts
     training: dict[str, Any]  # how it came about: hook, seed, store, settings, versions
 
 
-def save_sae(sae: TopKSAE, folder: Path, *, training: Mapping[str, Any] | None = None) -> None:
+def save_sae(
+    sae: SparseAutoencoder, folder: Path, *, training: Mapping[str, Any] | None = None
+) -> None:
     """Write an SAE, each file under a temporary name that is then renamed.
 
     `training` is any JSON that tells how the SAE came about. Raises TrainError, and leaves what is
@@ -47,12 +57,13 @@ def save_sae(sae: TopKSAE, folder: Path, *, training: Mapping[str, Any] | None =
                 f"{name} of the SAE for {folder}: expected finite values, got NaN or Inf."
             )
     config = SaeConfig(
-        architecture="topk",
+        architecture=sae.architecture,
         d_model=sae.d_model,
         d_sae=sae.d_sae,
         k=sae.k,
         beta=sae.beta,
         loss_tokens=sae.loss_tokens,
+        options={name: getattr(sae, name) for name in sae.options},
         training=dict(training or {}),
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +75,7 @@ def save_sae(sae: TopKSAE, folder: Path, *, training: Mapping[str, Any] | None =
     write_json(folder / CONFIG_NAME, config.model_dump(mode="json"))
 
 
-def load_sae(folder: Path, *, device: str | torch.device = "cpu") -> TopKSAE:
+def load_sae(folder: Path, *, device: str | torch.device = "cpu") -> SparseAutoencoder:
     """Read an SAE that `save_sae` wrote.
 
     Shapes are checked against config.json before a tensor is read. Raises TrainError for a pickle
@@ -76,8 +87,11 @@ def load_sae(folder: Path, *, device: str | torch.device = "cpu") -> TopKSAE:
     path = folder / WEIGHTS_NAME
     try:
         with torch.device("meta"):  # shapes only, whatever config.json claims
-            sae = TopKSAE(**config.model_dump(exclude={"architecture", "training"}))
-    except ConfigError as error:
+            arguments: dict[str, Any] = config.model_dump(
+                exclude={"architecture", "options", "training"}
+            )
+            sae = ARCHITECTURES[config.architecture](**arguments, **config.options)
+    except (ConfigError, TypeError) as error:
         raise TrainError(f"SAE configuration at {folder / CONFIG_NAME}: {error}") from None
     expected = {name: list(tensor.shape) for name, tensor in sae.state_dict().items()}
     try:
@@ -101,7 +115,8 @@ def read_sae_config(folder: Path) -> SaeConfig:
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
-        raise TrainError(f"SAE configuration at {path}: {key}: {problem['msg']}.") from None
+        message = problem["msg"].removeprefix("Value error, ")
+        raise TrainError(f"SAE configuration at {path}: {key}: {message}.") from None
 
 
 def _refuse_pickles(folder: Path) -> None:

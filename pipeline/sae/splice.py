@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.sae.topk import TopKSAE
+from pipeline.sae.base import SparseAutoencoder
 
 Hook = Callable[[Tensor, Any], Tensor]
 
 
-def splice(sae: TopKSAE, *, keep_positions: Sequence[int] = ()) -> Hook:
+def splice(sae: SparseAutoencoder, *, keep_positions: Sequence[int] = ()) -> Hook:
     """A TransformerLens hook that replaces activations by their reconstruction.
 
         bridge.run_with_hooks(tokens, fwd_hooks=[("blocks.7.hook_resid_post", splice(sae))])

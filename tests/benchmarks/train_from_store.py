@@ -28,19 +28,11 @@ def time_steps(config: TrainConfig, batches: Iterable[store.Batch]) -> list[floa
     """Seconds of each step but the first, from one batch's arrival to the next one's."""
     member, seconds = None, []
     started = time.perf_counter()
-    for step, batch in enumerate(batches, start=1):
+    for batch in batches:
         if member is None:
             (spec,) = plan_members(config)
             member = start_member(spec, config, batch.acts)
-        step_member(
-            member,
-            batch.acts,
-            batch.grads,
-            lr=config.lr,
-            decoder_norm=config.decoder_norm,
-            step=step,
-            full=False,
-        )
+        step_member(member, batch.acts, batch.grads, config=config, lr=config.lr, full=False)
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
     return seconds[1:]

@@ -1,0 +1,21 @@
+"""The processes that train one SAE together; here the group of one, which needs no messages."""
+
+from torch import Tensor
+
+
+class Group:
+    """One process alone. pipeline/distributed.py has the group of several."""
+
+    rank = 0
+    world_size = 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place where there are several."""
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All processes' tensors, of equal shape, one after the other along the first axis."""
+        return tensor
+
+
+ALONE = Group()

@@ -1,0 +1,60 @@
+"""Where training starts."""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipeline.sae.base import SparseAutoencoder
+
+BiasStart = Literal["mean", "geometric_median", "zero"]
+
+
+@torch.no_grad()
+def init_weights(
+    sae: SparseAutoencoder,
+    acts: Float[Tensor, "batch d_model"],
+    *,
+    seed: int,
+    scale_input: bool,
+    b_dec: BiasStart = "mean",
+) -> None:
+    """Random unit decoder rows, their transpose as encoder, b_enc zero, b_dec a first batch's mean.
+
+    With scale_input, s = sqrt(d_model) / mean ||x||, so that a scaled row's norm is sqrt(d_model)
+    on average. The same seed draws the same decoder on every device. b_dec may start at the
+    batch's geometric median or at zero instead.
+
+    Differs: smol-sae starts b_dec at zero.
+    """
+    rows = torch.randn(sae.d_sae, sae.d_model, generator=torch.Generator().manual_seed(seed))
+    sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+    sae.W_enc.copy_(sae.W_dec.T)
+    sae.b_enc.zero_()
+    sae.input_scale.fill_(math.sqrt(sae.d_model) / acts.norm(dim=1).mean() if scale_input else 1.0)
+    if b_dec == "zero":
+        sae.b_dec.zero_()
+    else:
+        centre = acts.mean(dim=0) if b_dec == "mean" else find_geometric_median(acts)
+        sae.b_dec.copy_(centre * sae.input_scale)
+
+
+def find_geometric_median(
+    points: Float[Tensor, "batch d_model"], *, n_iterations: int = 100, tolerance: float = 1e-6
+) -> Float[Tensor, " d_model"]:
+    """The point with the smallest summed distance to all points, by Weiszfeld's iteration.
+
+    It ends when a step is shorter than `tolerance` times the mean distance.
+    """
+    median = points.mean(dim=0)
+    for _ in range(n_iterations):
+        distances = (points - median).norm(dim=1).clamp_min(torch.finfo(points.dtype).tiny)
+        weights = 1 / distances
+        moved = (points * weights[:, None]).sum(dim=0) / weights.sum()
+        short = (moved - median).norm() <= tolerance * distances.mean()
+        median = moved
+        if short:
+            break
+    return median

@@ -1,0 +1,186 @@
+"""One SAE learns from one batch: the losses, the optimizer step, and what is measured of it.
+
+sae = TopKSAE(d_model=768, d_sae=15360, k=32, beta=1e5)
+init_weights(sae, first_acts, seed=0, scale_input=True)
+learner = start_learning(sae)
+for acts, grads in batches:
+    metrics = take_step(learner, acts, grads, lr=1e-3)
+save_sae(sae, folder)
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pipeline.errors import TrainError
+from pipeline.sae.base import SparseAutoencoder, TrainingPass
+from pipeline.sae.losses import auxk_loss, reconstruction_loss
+from pipeline.sae.selection import measure_gradient_weight, measure_overlap
+
+# "Does not activate for 5 consecutive batches" of 4096 tokens (Olmo et al. 2024, section 4.1),
+# counted in tokens so that the batch size does not change what is dead.
+DEAD_AFTER_TOKENS = 5 * 4096
+
+Objective = Callable[[Float[Tensor, "batch d_model"]], Float[Tensor, ""]]  # of x̂
+
+
+class LossNotFinite(TrainError):
+    """A step's loss was NaN or infinite; the step was not taken."""
+
+
+class Learner(NamedTuple):
+    """One SAE in training."""
+
+    sae: SparseAutoencoder
+    optimizer: torch.optim.Optimizer
+    idle_tokens: Int[Tensor, " d_sae"]  # int64, tokens since each latent was last positive
+    average: list[Tensor] | None  # exponential moving averages of the parameters, in their order
+
+
+class StepMetrics(NamedTuple):
+    """How one SAE did on one batch before it learned from it, with the gradient in its
+    selection."""
+
+    loss: float  # squared error of the scaled input, summed over d_model, averaged over the batch
+    penalty: float  # all else that was minimised: AuxK, sparsity, load balance; likewise averaged
+    nmse: float  # mean over rows of ||x - x̂|| / ||x||, the ratio that the paper prints
+    nmse_squared: float  # mean over rows of the squared ratio
+    l0: float  # mean number of latents above zero per row
+    dead_latents: int  # latents that were not above zero in the last DEAD_AFTER_TOKENS tokens
+    overlap: float | None  # fraction of the selected latents that plain TopK selects too
+    gradient_weight: float | None  # mean of beta / loss_tokens * |W_dec^T grad| on selected latents
+
+
+def start_learning(
+    sae: SparseAutoencoder, *, betas: tuple[float, float] = (0.9, 0.999), average: bool = False
+) -> Learner:
+    """A fresh Adam for an SAE whose weights are initialised."""
+    idle_tokens = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_dec.device)
+    optimizer = torch.optim.Adam(sae.parameters(), betas=betas, fused=True)
+    averages = [p.detach().clone() for p in sae.parameters()] if average else None
+    return Learner(sae, optimizer, idle_tokens, averages)
+
+
+def take_step(
+    learner: Learner,
+    acts: Float[Tensor, "batch d_model"],
+    grads: Float[Tensor, "batch d_model"] | None = None,
+    tokens: Int[Tensor, " batch"] | None = None,
+    *,
+    lr: float,
+    decoder_norm: Literal["unit", "free"] = "unit",
+    aux_weight: float = 0.0,
+    aux_k: int | None = None,
+    max_grad_norm: float | None = None,
+    average_decay: float = 0.999,
+    objective: Objective | None = None,
+    full: bool = False,
+) -> StepMetrics:
+    """Minimise, by one step of Adam,
+
+        reconstruction_loss (or `objective`) + the architecture's penalty + aux_weight * auxk_loss
+
+    averaged over the rows of all processes of `sae.group`, each of which gives its own rows. aux_k
+    is d_model / 2 unless given (Gao et al. 2024). With decoder_norm "unit", the gradient along a
+    decoder row is removed and rows are kept at norm 1. `full` measures overlap and gradient weight
+    too, at the price of a second selection.
+
+    Raises LossNotFinite, before the step is taken, where the loss is NaN or infinite.
+    """
+    sae, optimizer, idle_tokens, averages = learner
+    passed = sae.train_forward(acts, grads, tokens)
+    if objective is None:
+        loss = reconstruction_loss(acts, passed.recon, input_scale=sae.input_scale)
+    else:
+        loss = objective(passed.recon)
+    penalty = passed.penalty
+    if aux_weight:
+        dead = idle_tokens >= DEAD_AFTER_TOKENS
+        aux_k = sae.d_model // 2 if aux_k is None else aux_k
+        penalty = penalty + aux_weight * auxk_loss(sae, acts, passed.recon, dead, aux_k=aux_k)
+    n_rows = int(sae.group.sum(torch.tensor(len(acts))))
+    metrics = _measure(learner, acts, grads, tokens, passed, loss, penalty, n_rows, full=full)
+    if not math.isfinite(metrics.loss + metrics.penalty):
+        raise LossNotFinite(f"expected a finite loss, got {metrics.loss} + {metrics.penalty}")
+
+    optimizer.zero_grad()
+    ((loss + penalty) * (len(acts) / n_rows)).backward()
+    for parameter in sae.parameters():
+        if parameter.grad is None:  # every process has to send the same tensors
+            parameter.grad = torch.zeros_like(parameter)
+        sae.group.sum(parameter.grad)
+    if decoder_norm == "unit":
+        _remove_parallel_gradient(sae.W_dec)
+    if max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    if decoder_norm == "unit":
+        _normalise_rows(sae.W_dec)
+    sae.after_step(metrics.l0)
+    if averages is not None:
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, list(sae.parameters()), 1 - average_decay)  # pyright: ignore[reportPrivateImportUsage]
+    return metrics
+
+
+@torch.no_grad()
+def _measure(
+    learner: Learner,
+    acts: Tensor,
+    grads: Tensor | None,
+    tokens: Tensor | None,
+    passed: TrainingPass,
+    loss: Tensor,
+    penalty: Tensor,
+    n_rows: int,
+    *,
+    full: bool,
+) -> StepMetrics:
+    sae, idle_tokens = learner.sae, learner.idle_tokens
+    recon, (values, indices), _ = passed
+    active = values > 0
+    fired = torch.zeros_like(idle_tokens)
+    fired[indices[active]] = 1
+    idle_tokens += n_rows
+    idle_tokens[sae.group.sum(fired) > 0] = 0
+    tiny = torch.finfo(acts.dtype).tiny
+    ratio = (acts - recon).norm(dim=1) / acts.norm(dim=1).clamp_min(tiny)
+    means = [loss, penalty, ratio.mean(), ratio.square().mean(), active.sum() / len(acts)]
+    if full and sae.selects and grads is not None:
+        plain = sae.encode(acts, None, tokens)
+        overlap = measure_overlap(indices, plain.indices, d_sae=sae.d_sae)
+        weight = measure_gradient_weight(
+            indices, grads, sae.W_dec, beta_per_token=sae.beta_per_token
+        )
+        means += [torch.tensor(overlap), torch.tensor(weight)]
+    sums = torch.stack([mean.double() for mean in means]) * len(acts)
+    found = (sae.group.sum(sums) / n_rows).tolist()
+    overlap, gradient_weight = found[5:] or (None, None)
+    return StepMetrics(
+        loss=found[0],
+        penalty=found[1],
+        nmse=found[2],
+        nmse_squared=found[3],
+        l0=found[4],
+        dead_latents=int((idle_tokens >= DEAD_AFTER_TOKENS).sum()),
+        overlap=overlap,
+        gradient_weight=gradient_weight,
+    )
+
+
+@torch.no_grad()
+def _remove_parallel_gradient(W_dec: Tensor) -> None:
+    """Project each row's gradient onto the tangent of the unit sphere; rows have unit norm."""
+    assert W_dec.grad is not None
+    W_dec.grad -= (W_dec.grad * W_dec).sum(dim=1, keepdim=True) * W_dec
+
+
+@torch.no_grad()
+def _normalise_rows(W_dec: Tensor) -> None:
+    W_dec /= W_dec.norm(dim=1, keepdim=True)
