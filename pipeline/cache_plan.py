@@ -1,5 +1,6 @@
 """What caching will do, decided before anything runs: identity, layout, shards and disk."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from pipeline.config import CacheConfig, Config
 from pipeline.corpus.build import describe_corpus
-from pipeline.corpus.reader import Corpus, open_corpus
+from pipeline.corpus.reader import Corpus, open_corpus, read_manifest
 from pipeline.device import pick_device
 from pipeline.errors import ConfigError, CorpusError
 from pipeline.model import (
@@ -21,7 +22,8 @@ from pipeline.model import (
 from store.adoption import list_adoptable
 from store.disk import free_bytes
 from store.layout import ShardSpec, StoreLayout, plan_shards
-from store.manifest import FORMAT_VERSION, StoreSpec, diff_identities
+from store.identity import diff_identities
+from store.manifest import FORMAT_VERSION, StoreSpec
 from store.publication import find_published
 from store.work import committed_shards, locate_work
 from store.writer import required_bytes
@@ -41,6 +43,22 @@ class CaptureSettings(NamedTuple):
     precision: str
     batch_blocks: int
     device: str  # of a cluster's workers as it was asked for: auto is what each of them has
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What a worker has to find: see pipeline.proof.Job, which this is."""
+        return {"weights": self.weights_hash, "corpus": self.corpus_fingerprint}
+
+    def find_inputs(self) -> dict[str, Callable[[], str]]:
+        return {
+            "weights": lambda: hash_weights(self.checkpoint),
+            "corpus": lambda: read_manifest(self.corpus).fingerprint,
+        }
+
+    def prepare(self) -> None:
+        from pipeline.cache import prepare_worker
+
+        prepare_worker(self)
 
 
 class CachePlan(NamedTuple):

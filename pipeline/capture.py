@@ -70,7 +70,7 @@ def capture(
     batch = _split_blocks(model, tokens, lengths)
     taps: dict[str, _Tap] = {}
     tap_hooks = [tap for hook in hooks for tap in _watch(hook, taps, model, batch)]
-    with torch.enable_grad(), _autocast(model, precision):
+    with torch.enable_grad(), autocast(model, precision):
         hidden = final_hidden(model.bridge, batch.inputs, tap_hooks)
     for hook in hooks:
         if hook not in taps:
@@ -105,7 +105,7 @@ def patched_loss(
     batch = _split_blocks(model, tokens, lengths)
     fired: list[str] = []
     put_hooks = _replace(hook, replacement, fired, model, batch)
-    with torch.no_grad(), _autocast(model, precision):
+    with torch.no_grad(), autocast(model, precision):
         hidden = final_hidden(model.bridge, batch.inputs, put_hooks)
     if not fired:
         raise _not_once(hook, "none")
@@ -240,7 +240,8 @@ def _backward(hidden: Tensor, hidden_grads: Tensor, taps: dict[str, _Tap]) -> di
     return reached
 
 
-def _autocast(model: LanguageModel, precision: str) -> AbstractContextManager[Any]:
+def autocast(model: LanguageModel, precision: str) -> AbstractContextManager[Any]:
+    """Nothing for "float32"; inside, products are in 16 bits for "bfloat16"."""
     if precision == "float32":
         return nullcontext()
     if precision == "bfloat16":

@@ -1,8 +1,8 @@
 """Many workers, by dask.distributed: processes of this machine, or of a cluster that runs already.
 
-`open_workers` yields a mapper for pipeline.cache.run_cache. A worker proves what it sees
-(pipeline.proof), then loads model and corpus once; so does one that joins later or is started again
-after its death. Nothing here decides what is computed.
+`open_workers` yields a mapper for pipeline.cache.run_cache and pipeline.grid.run_grid. A worker
+proves what it sees (pipeline.proof), then loads its inputs once; so does one that joins later or is
+started again after its death. Nothing here decides what is computed.
 """
 
 import logging
@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import dask.config
 from dask.system import CPU_COUNT
@@ -23,11 +23,10 @@ from distributed.scheduler import NoWorkerError
 from distributed.system import MEMORY_LIMIT
 from distributed.utils import LoopRunner, silence_logging_cmgr
 
-from pipeline.cache import Mapper
-from pipeline.cache_plan import CaptureSettings
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.proof import (
+    Job,
     WorkerFacts,
     confirm_copy,
     describe_refused,
@@ -36,87 +35,94 @@ from pipeline.proof import (
     offer_token,
 )
 from pipeline.worker import WorkerSetup, gather_on_worker, plan_share
-from store.layout import ShardSpec
 
 _CONNECT_TIMEOUT_S = 10  # for a scheduler to answer, and for its first worker
 _CLOSE_TIMEOUT_S = 10
 _NO_WORKERS_S = 300  # without any worker of this machine; each is started again when it dies
 
 
+@runtime_checkable
+class Numbered(Protocol):
+    """A part of a job, such as a shard."""
+
+    @property
+    def index(self) -> int: ...
+
+
+P = TypeVar("P", bound=Numbered)
+R = TypeVar("R")
+
+
 @contextmanager
 def open_workers(
-    run: RunConfig, settings: CaptureSettings, *, debug: bool = False
-) -> Iterator[Mapper]:
+    run: RunConfig, job: Job, *, part: str = "shard", debug: bool = False
+) -> Iterator["Workers"]:
     """A mapper over `run.workers` processes here, or over the cluster at `run.scheduler`.
 
     On leaving with an error or Ctrl-C, processes of this machine are killed at once; tasks of a
     cluster are withdrawn, and those in hand end by themselves, which harms nothing. Raises
     ConfigError if no scheduler answers, PipelineError if it has no workers or if any of them sees
-    other packages, another model, corpus or work folder.
+    other packages, inputs or another work folder. Messages call a part of the job `part`.
     """
     with ExitStack() as stack:
         stack.enter_context(silence_logging_cmgr(logging.WARNING if debug else logging.CRITICAL))
-        token = stack.enter_context(offer_token(settings.work))
+        token = stack.enter_context(offer_token(job.work))
         if run.scheduler is None:
             client = stack.enter_context(_start_cluster(run, debug=debug))
         else:
             client = stack.enter_context(_connect(run.scheduler))
-        setup = _prove(client, run, settings, token)
+        setup = _prove(client, run, job, token)
         client.register_plugin(setup)
         if run.scheduler is not None:
             stack.callback(client.unregister_worker_plugin, setup.name)
-        yield _Tasks(client, settings.work).map
+        yield Workers(client, job.work, part, n_workers=len(setup.proven))
 
 
-class _Tasks:
-    """One task per shard on a client's workers."""
+class Workers:
+    """A mapper: one task per part of a job, on a client's workers."""
 
-    def __init__(self, client: Client, work: Path) -> None:
-        self._client, self._work = client, work
+    def __init__(self, client: Client, work: Path, part: str, *, n_workers: int) -> None:
+        self.n_workers = n_workers  # at the start
+        self._client, self._work, self._part = client, work, part
 
-    def map(
-        self, function: Callable[[ShardSpec], int], shards: Iterable[ShardSpec]
-    ) -> Iterator[int]:
-        """Results as they come. An error of a task ends all; a dead worker's shards are tried
+    def __call__(self, function: Callable[[P], R], parts: Iterable[P]) -> Iterator[R]:
+        """Results as they come. An error of a task ends all; a dead worker's parts are tried
         again, and one that keeps killing workers is reported when all others are done.
         """
-        deadly = yield from self._run(function, list(shards))
-        if len(deadly) > 1:  # dask blames every shard that a dead worker had been given
+        deadly = yield from self._run(function, list(parts))
+        if len(deadly) > 1:  # dask blames every part that a dead worker had been given
             alone = deadly
             deadly = []
-            for shard in alone:
-                deadly += yield from self._run(function, [shard])
+            for part in alone:
+                deadly += yield from self._run(function, [part])
         if deadly:
-            indices = ", ".join(str(shard.index) for shard in deadly)
+            indices = ", ".join(str(part.index) for part in deadly)
             raise PipelineError(
-                f"shard {indices} in {self._work}: expected a worker that survives it, got none in "
-                "every try that run.retries allows. The other shards are kept: run the same "
-                "command again, with fewer --workers or more run.worker_memory_gb if memory was "
-                "short."
+                f"{self._part} {indices} in {self._work}: expected a worker that survives it, got "
+                f"none in every try that run.retries allows. The other {self._part}s are kept: run "
+                "the same command again, with fewer --workers or more run.worker_memory_gb if "
+                "memory was short."
             )
 
-    def _run(
-        self, function: Callable[[ShardSpec], int], shards: list[ShardSpec]
-    ) -> Generator[int, None, list[ShardSpec]]:
-        """Yields results; returns the shards whose workers died too often."""
+    def _run(self, function: Callable[[P], R], parts: list[P]) -> Generator[R, None, list[P]]:
+        """Yields results; returns the parts whose workers died too often."""
         # A scheduler knows tasks by their keys, those of other runs too.
-        keys = {f"shard-{shard.index:05d}-{uuid.uuid4().hex}": shard for shard in shards}
+        keys = {f"{self._part}-{part.index:05d}-{uuid.uuid4().hex}": part for part in parts}
         futures = set(self._client.map(function, list(keys.values()), key=list(keys), pure=False))
         deadly = []
         try:
             for future in as_completed(futures):
                 try:
-                    n_rows = future.result()
+                    result = future.result()
                 except KilledWorker:
                     deadly.append(keys[future.key])
                 except NoWorkerError as error:
                     raise PipelineError(
                         f"workers of {self._work}: expected at least one, got none for "
-                        f"{error.timeout:.0f} s. Run the same command again: committed shards are "
-                        "kept."
+                        f"{error.timeout:.0f} s. Run the same command again: what is done is kept."
                     ) from None
                 else:
-                    yield n_rows
+                    yield result
                 finally:  # else dask computes it again if the worker that keeps the result dies
                     futures.discard(future)
                     future.release()
@@ -126,15 +132,15 @@ class _Tasks:
         return deadly
 
 
-def _prove(client: Client, run: RunConfig, settings: CaptureSettings, token: Path) -> WorkerSetup:
+def _prove(client: Client, run: RunConfig, job: Job, token: Path) -> WorkerSetup:
     """Let every worker prove what it sees; raises PipelineError with all that differs."""
     where = run.scheduler or "this machine"
-    expected = expect_facts(settings)
-    answers: Any = client.run(gather_on_worker, settings, token, on_error="return")
+    expected = expect_facts(job)
+    answers: Any = client.run(gather_on_worker, job, token, on_error="return")
     if not answers:
         raise PipelineError(
             f"workers at {where}: expected at least one, got none. Start some with "
-            f"`dask worker {where} --nthreads 1`, then run `pipeline cache` again."
+            f"`dask worker {where} --nthreads 1`, then run the same command again."
         )
     proven, refused = {}, {}
     for address, answer in answers.items():
@@ -147,7 +153,7 @@ def _prove(client: Client, run: RunConfig, settings: CaptureSettings, token: Pat
             refused[f"{address} on {facts.host}"] = different
     if refused:
         raise PipelineError(describe_refused(where, len(answers), refused))
-    return WorkerSetup(run, settings, token, proven)
+    return WorkerSetup(run, job, token, proven)
 
 
 @contextmanager

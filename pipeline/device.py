@@ -1,5 +1,7 @@
 """Which device to run on."""
 
+from typing import Literal
+
 import torch
 
 from pipeline.errors import ConfigError
@@ -21,6 +23,22 @@ def pick_device(name: str) -> str:
             f"({reason:.80})."
         ) from None
     return name
+
+
+def pick_precision(
+    name: Literal["float32", "bfloat16", "auto"], device: str | torch.device
+) -> Literal["float32", "bfloat16"]:
+    """The precision named, or for `auto` bfloat16 where the hardware multiplies it fast.
+
+    That is CUDA from compute capability 8 on, and a CPU with AMX or AVX512-BF16.
+    """
+    if name != "auto":
+        return name
+    if torch.device(device).type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if fast else "float32"
 
 
 def pin_device(name: str, *, worker: object, n_gpus: int, shared: bool) -> str:

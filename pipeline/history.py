@@ -1,12 +1,13 @@
-"""What training logs: one row per logged step, through DVCLive as it happens and as Parquet at the
-end."""
+"""What training logs of each SAE: one row per logged step, as Parquet at the end."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from dvclive.live import Live
+
+Row = dict[str, Any]  # with the keys of HISTORY_SCHEMA
 
 HISTORY_SCHEMA = pa.schema(
     [
@@ -26,36 +27,11 @@ HISTORY_SCHEMA = pa.schema(
 )
 
 
-class History:
-    """The logged steps of one SAE; `live` is DVCLive's folder."""
-
-    def __init__(self, live: Path) -> None:
-        self._live = _Live(
-            str(live), report=None, save_dvc_exp=False, dvcyaml=None, monitor_system=False
-        )
-        self._rows: list[dict[str, Any]] = []
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Append a row with the keys of HISTORY_SCHEMA; DVCLive's files are complete after each."""
-        self._rows.append(row)
-        self._live.step = row["step"]
-        for name, value in row.items():
-            if name != "step":
-                self._live.log_metric(name, value)
-        self._live.sync()
-
-    def close(self, path: Path) -> None:
-        """End the DVCLive log and write all rows to a Parquet file."""
-        self._live.end()
-        pq.write_table(pa.Table.from_pylist(self._rows, schema=HISTORY_SCHEMA), path)
+def write_history(path: Path, rows: Sequence[Row]) -> None:
+    """Write an SAE's logged steps to a Parquet file."""
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=HISTORY_SCHEMA), path)
 
 
-class _Live(Live):
-    """DVCLive without its DVC repository.
-
-    Stock `Live` runs `dvc init` and `git add` in a Git repository that is not a DVC one (3.49), and
-    asks Git for a revision in every other; all that we want of it are its files.
-    """
-
-    def _init_dvc(self) -> None:
-        self._dvc_file = "dvc.yaml"
+def read_history(path: Path) -> list[Row]:
+    """The rows that `write_history` wrote."""
+    return pq.read_table(path, schema=HISTORY_SCHEMA).to_pylist()

@@ -1,4 +1,4 @@
-"""What a worker must prove before it computes: the driver's packages, model, corpus and folder.
+"""What a worker must prove before it computes: the driver's packages, inputs and folder.
 
 `gather_facts` runs on a worker and never raises: what it cannot find becomes a fact. Comparing is
 pure. The work folder is proved both ways by a token: the driver's file, which the worker reads, and
@@ -11,17 +11,43 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from pipeline.cache_plan import CaptureSettings
-from pipeline.corpus.reader import read_manifest
 from pipeline.errors import PipelineError
-from pipeline.model import hash_weights
 from pipeline.provenance import find_versions
 from store.disk import make_folder
-from store.manifest import diff_identities
+from store.errors import StoreError
+from store.identity import diff_identities
 
 _YES = "yes"
+
+
+@runtime_checkable
+class Job(Protocol):
+    """What workers are to do, as far as it concerns their proof and setup; sent to each of them."""
+
+    @property
+    def work(self) -> Path:
+        """The work folder, which all write to."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """As it was asked for: auto is what each worker has."""
+        ...
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of all that is read, by name, as the driver sees them."""
+        ...
+
+    def find_inputs(self) -> dict[str, Callable[[], str]]:
+        """How this process finds each of them."""
+        ...
+
+    def prepare(self) -> None:
+        """Load what one process loads once."""
+        ...
 
 
 class WorkerFacts(NamedTuple):
@@ -30,8 +56,7 @@ class WorkerFacts(NamedTuple):
     host: str
     pid: int
     versions: dict[str, str]  # of the packages that decide the numbers, and of python
-    weights: str  # hash of the checkpoint's config and weights
-    corpus: str  # fingerprint
+    inputs: dict[str, str]  # fingerprints of a job's inputs, by name
     reads_work: str  # "yes": the driver's token in the work folder
     writes_work: str  # "yes": its copy of the token
     tasks_at_once: int  # of this process; each would want the model's memory and all threads
@@ -50,29 +75,27 @@ def offer_token(work: Path) -> Iterator[Path]:
             file.unlink(missing_ok=True)
 
 
-def expect_facts(settings: CaptureSettings) -> WorkerFacts:
+def expect_facts(job: Job) -> WorkerFacts:
     """What every worker must see."""
     return WorkerFacts(
         host=socket.gethostname(),
         pid=os.getpid(),
         versions=find_versions(),
-        weights=settings.weights_hash,
-        corpus=settings.corpus_fingerprint,
+        inputs=job.inputs,
         reads_work=_YES,
         writes_work=_YES,
         tasks_at_once=1,
     )
 
 
-def gather_facts(settings: CaptureSettings, token: Path, tasks_at_once: int) -> WorkerFacts:
-    """What this process sees of `settings`; leaves its copy of the token beside it."""
+def gather_facts(job: Job, token: Path, tasks_at_once: int) -> WorkerFacts:
+    """What this process sees of `job`'s inputs; leaves its copy of the token beside it."""
     host, pid = socket.gethostname(), os.getpid()
     return WorkerFacts(
         host=host,
         pid=pid,
         versions=find_versions(),
-        weights=_explain(lambda: hash_weights(settings.checkpoint)),
-        corpus=_explain(lambda: read_manifest(settings.corpus).fingerprint),
+        inputs={name: _explain(find) for name, find in job.find_inputs().items()},
         reads_work=_explain(lambda: _check_token(token, token)),
         writes_work=_explain(lambda: _write_copy(token, host, pid)),
         tasks_at_once=tasks_at_once,
@@ -96,12 +119,14 @@ def describe_refused(where: str, n_workers: int, refused: Mapping[str, list[str]
     return (
         f"workers at {where}: expected {n_workers} that see what this process sees, got "
         f"{len(refused)} that do not: {workers}. Give them this environment and the same folders "
-        "at the same paths, then run `pipeline cache` again."
+        "at the same paths, then run the same command again."
     )
 
 
 def _list_facts(facts: WorkerFacts) -> dict[str, Any]:
-    return {name: value for name, value in facts._asdict().items() if name not in ("host", "pid")}
+    aside = ("host", "pid", "inputs")
+    listed = {name: value for name, value in facts._asdict().items() if name not in aside}
+    return listed | facts.inputs
 
 
 def _check_token(file: Path, token: Path) -> str:
@@ -120,5 +145,5 @@ def _name_copy(token: Path, host: str, pid: int) -> Path:
 def _explain(find: Callable[[], str]) -> str:
     try:
         return find()
-    except (OSError, PipelineError) as error:
+    except (OSError, PipelineError, StoreError) as error:
         return f"{type(error).__name__}: {error}"

@@ -14,6 +14,7 @@ class Run(NamedTuple):
 
     folder: Path
     members: tuple[str, ...]  # folders of the SAEs, such as k32-beta1e5
+    failed: dict[str, str]  # why members of the grid have none, by name
     hook: str
     exclude_positions: tuple[int, ...]
     fingerprint: str  # of the store
@@ -38,6 +39,7 @@ def read_run(folder: Path) -> Run:
         return Run(
             folder=folder,
             members=tuple(config["members"]),
+            failed=dict(config["failed"]),
             hook=config["hook"],
             exclude_positions=tuple(config["train"]["exclude_positions"]),
             fingerprint=config["store_fingerprint"],

@@ -1,33 +1,55 @@
-"""Stage two: train every combination of beta, k and seed from one pass over cached activations.
+"""Stage two: train the SAEs of a grid from one pass over cached activations.
 
-    <out>/config.json     settings, steps, and what the caller says of the input
+    <out>/config.json     settings, steps, members, those that failed, and what the caller says
     <out>/summary.json    last metrics, by member
     <out>/<member>/       sae.safetensors, config.json, history.parquet
-    <out>/live/<member>/  the same history as DVCLive writes it
+    <out>/live/<member>/  the same history as DVCLive writes it; other loggers have folders beside
 
 Neither the language model nor the corpus is needed. A member's weights depend on its own settings
 and the stream alone, never on which others train beside it, and on a CPU they are the same bit for
-bit in every run.
+bit in every run, interrupted or not.
 """
 
-import json
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 
+from pipeline.checkpoint import Checkpoint, check_room, name_training, read_newest, write_checkpoint
 from pipeline.config import TrainConfig
+from pipeline.device import pick_precision
 from pipeline.errors import TrainError
-from pipeline.files import write_json
-from pipeline.history import History
-from pipeline.member import Member, plan_members, start_member, step_member
-from pipeline.sae import StepMetrics, save_sae
-from store.stream import Batch
+from pipeline.history import Row
+from pipeline.loggers import open_loggers
+from pipeline.member import (
+    MemberSpec,
+    plan_members,
+    plan_recipe,
+    start_member,
+    step_member,
+)
+from pipeline.member_state import collect_state, find_not_finite, resume_member
+from pipeline.rows import Rows, check_rows, take
+from pipeline.run_folder import locate_checkpoints, locate_work, open_run, write_run
+from pipeline.sae import LossNotFinite, StepMetrics
+from pipeline.sae.group import ALONE, Group
+from pipeline.schedules import find_k, find_lr
+from store.crash import crash_point
+from store.stream_plan import StreamState
+
+
+class NoMemberLeft(TrainError):
+    """All members failed."""
+
+    def __init__(self, failed: Mapping[str, str], out: Path) -> None:
+        super().__init__(
+            f"{'; '.join(failed.values())}. No member is left, and nothing was written to {out}. "
+            "Lower --lr, or set train.max_grad_norm."
+        )
+        self.failed = dict(failed)
 
 
 class StepReport(NamedTuple):
@@ -35,212 +57,207 @@ class StepReport(NamedTuple):
 
     step: int  # from 1
     n_steps: int
-    tokens: int  # rows read so far
+    tokens: int  # rows trained on so far, by all processes
     lr: float
     tokens_per_s: float  # rows per second, all members together, since the last logged step
     logged: bool  # on logged steps the metrics hold overlap and gradient_weight
     metrics: dict[str, StepMetrics]  # by member
 
 
-def plan_steps(config: TrainConfig, n_rows: int) -> int:
-    """Number of whole batches in config.tokens, or if that is null in config.epochs of n_rows.
-
-    n_rows is what the store holds without exclude_positions. Raises TrainError where more tokens
-    are asked for than that gives, or too few for one batch.
-    """
-    available = n_rows * config.epochs
-    wanted = available if config.tokens is None else config.tokens
-    if wanted > available:
-        raise TrainError(
-            f"train.tokens: expected at most {available} ({config.epochs} epochs of {n_rows} "
-            f"rows), got {wanted}. Lower --tokens, raise train.epochs or cache more."
-        )
-    if wanted < config.batch_size:
-        raise TrainError(
-            f"train.batch_size: expected at most the {wanted} rows to train on, "
-            f"got {config.batch_size}. Lower it or cache more."
-        )
-    return wanted // config.batch_size
-
-
-def plan_lr(step: int, n_steps: int, *, lr: float, warmup: float, decay: float) -> float:
-    """Learning rate of one step, counted from 0; warmup and decay are fractions of n_steps."""
-    n_warmup, n_decay = round(n_steps * warmup), round(n_steps * decay)
-    # 1) linear warm-up, short of lr while it lasts
-    if step < n_warmup:
-        return lr * (step + 1) / (n_warmup + 1)
-    # 2) linear decay, which would be zero one step after the last
-    if step >= n_steps - n_decay:
-        return lr * (n_steps - step) / (n_decay + 1)
-    # 3) between them, constant
-    return lr
-
-
 def train(
     config: TrainConfig,
-    batches: Iterable[Batch],
+    open_stream: Callable[[int], Iterable[Rows]],
     *,
     d_model: int,
     n_steps: int,
     out: Path,
+    specs: Sequence[MemberSpec] | None = None,
+    keep: Mapping[str, Path] | None = None,
+    order: str | None = None,
     device: str | torch.device = "cpu",
+    n_tokens: int | None = None,
+    group: Group = ALONE,
     provenance: Mapping[str, Any] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, StepMetrics]:
-    """Train all members on the first n_steps batches and write the run to `out`.
+    """Train `specs` (default: the whole grid) on n_steps batches and write the run to `out`.
 
-    Returns the last metrics, by member. Loss: see `reconstruction_loss`; Adam with betas (0.9,
-    0.999). `provenance` (hook, store, versions) goes into the configs as it is. Everything is
-    written to a sibling of `out` that is renamed at the end, so that a run that fails leaves a
-    former one as it was.
+    open_stream(i) gives the batches from batch i on, and of them this process's rows. `order` names
+    the batches; with it checkpoints are written, and an interrupted training with the same settings
+    goes on from its last one. `keep` are finished members, by name, that become part of the run as
+    they are. `n_tokens` is the vocabulary's size, for tokenized SAEs. Of the processes of `group`
+    the first alone writes, logs and tells. `provenance` (hook, store, versions) goes into the
+    configs as it is. Everything is written to a sibling of `out` that takes its place at the end,
+    so that a run that fails leaves a former one as it was.
 
-    Differs: smol-sae decays the learning rate along a cosine, and does not keep decoder rows at
-    unit norm.
+    Returns the last metrics of the members trained. One whose loss or weights are not finite stops
+    alone: `tell` is told, and config.json lists it under "failed".
 
-    Raises TrainError for a NaN or infinite loss, a batch that is not finite or not d_model wide,
+    Differs: smol-sae does not keep decoder rows at unit norm.
+
+    Raises TrainError where all members failed, for a batch that is not finite or not d_model wide,
     too few batches, an `out` that is no run folder or not writable, and another training run into
-    `out`.
+    `out`; KeyboardInterrupt, after a checkpoint, once should_stop() is true after a step.
     """
-    specs = plan_members(config)
-    with _open_run(out) as work:
-        members: list[Member] = []
-        histories = [History(work / "live" / spec.name) for spec in specs]
-        metrics: dict[str, StepMetrics] = {}
-        step = tokens = tokens_at_log = 0
-        time_at_log = time.perf_counter()
+    exact = pin_precision(config, device)
+    specs = plan_members(config) if specs is None else tuple(specs)
+    leads, facts = group.rank == 0, dict(provenance or {})
+    tell = tell if tell and leads else _ignore
+    recipes = {
+        spec.name: plan_recipe(spec, exact, n_steps=n_steps, order=order, provenance=facts)
+        for spec in specs
+    }
+    training = name_training({"recipes": recipes, "log_every": config.log_every})
+    checkpoints = locate_checkpoints(out)
 
-        for step, batch in enumerate(_take(batches, n_steps), start=1):
-            _check_batch(batch, d_model=d_model, step=step)
-            acts = batch.acts.to(device, torch.float32)
-            grads = batch.grads.to(device, torch.float32)
-            if not members:
-                members = [start_member(spec, config, acts) for spec in specs]
-            tokens += len(acts)
-            logged = step == 1 or step % config.log_every == 0 or step == n_steps
-            lr = plan_lr(
-                step - 1,
-                n_steps,
-                lr=config.lr,
-                warmup=config.lr_warmup_fraction,
-                decay=config.lr_decay_fraction,
-            )
-            for member in members:
-                metrics[member.spec.name] = step_member(
-                    member, acts, grads, config=config, lr=lr, full=logged
-                )
+    with open_run(out) if leads else nullcontext(locate_work(out)) as work:
+        saved = read_newest(checkpoints, training=training, tell=tell) if order else None
+        saved = saved or Checkpoint(0, 0, StreamState(order or "", 0), {}, {}, {})
+        step, tokens, _, failed, tensors, rows = saved
+        _agree(group, step, checkpoints)
+        members = [
+            resume_member(spec, exact, tensors, d_model, device, n_tokens=n_tokens, group=group)
+            for spec in specs
+            if step and spec.name not in failed
+        ]
+        if step:
+            torch.set_rng_state(tensors["rng"])
+            tell(f"going on after step {step} of {n_steps}, from the checkpoint in {checkpoints}")
 
-            tokens_per_s = (tokens - tokens_at_log) / (time.perf_counter() - time_at_log)
-            report = StepReport(step, n_steps, tokens, lr, tokens_per_s, logged, dict(metrics))
-            if logged:
-                tokens_at_log, time_at_log = tokens, time.perf_counter()
-                for spec, history in zip(specs, histories, strict=True):
-                    history.log(_describe(report, spec.name))
-            if on_step:
-                on_step(report)
+        settings = exact.model_dump(mode="json", exclude={"betas", "ks", "seeds"})
+        logs = open_loggers(config.loggers, work, run=out.name, settings=settings, past=rows)
+        with logs if leads else nullcontext(_ignore) as log:
+            tokens_at_log, time_at_log = tokens, time.perf_counter()
+            batches = enumerate(take(open_stream(step), n_steps - step), start=step + 1)
+            for step, batch in batches:
+                check_rows(batch, d_model=d_model, step=step)
+                acts = batch.acts.to(device, torch.float32)
+                if not members:
+                    members = [
+                        start_member(spec, exact, acts, n_tokens=n_tokens, group=group)
+                        for spec in specs
+                    ]
+                    if order and leads:
+                        check_room(out.parent, collect_state(members))
+                tokens += int(group.sum(torch.tensor(len(acts))))
+                logged = step == 1 or step % config.log_every == 0 or step == n_steps
+                lr = find_lr(config, step - 1, n_steps)
+                metrics, stopped = {}, {}
+                for member in members:
+                    name = member.spec.name
+                    try:
+                        metrics[name] = step_member(
+                            member,
+                            acts,
+                            batch.grads.to(device, torch.float32),
+                            batch.tokens.to(device),
+                            config=exact,
+                            lr=lr,
+                            k=find_k(config, step - 1, n_steps, k=member.spec.k),
+                            objective=getattr(batch, "objective", None),
+                            full=logged,
+                        )
+                    except LossNotFinite as error:
+                        stopped[name] = f"loss of {name} at step {step}: {error}"
+
+                stopping = _anyone(group, should_stop) and step < n_steps
+                saving = stopping or (step < n_steps and step % config.checkpoint_every == 0)
+                if saving or step == n_steps:
+                    stopped |= {
+                        name: f"{bad} after step {step}: expected finite values, got NaN or Inf"
+                        for name, bad in find_not_finite(members).items()
+                    }
+                for problem in stopped.values():
+                    tell(f"{problem}; this member stops")
+                failed |= stopped
+                members = [member for member in members if member.spec.name not in failed]
+                if not members:
+                    raise NoMemberLeft(failed, out)
+
+                tokens_per_s = (tokens - tokens_at_log) / (time.perf_counter() - time_at_log)
+                report = StepReport(step, n_steps, tokens, lr, tokens_per_s, logged, metrics)
+                if logged:
+                    tokens_at_log, time_at_log = tokens, time.perf_counter()
+                    for name in metrics:
+                        row = _describe(report, name)
+                        rows.setdefault(name, []).append(row)
+                        log(name, row)
+                if on_step and leads:
+                    on_step(report)
+                crash_point("train:after-step")
+                if saving and order and leads:
+                    now = StreamState(order, step)
+                    state = collect_state(members) | {"rng": torch.get_rng_state()}
+                    write_checkpoint(
+                        checkpoints,
+                        Checkpoint(step, tokens, now, failed, state, rows),
+                        training=training,
+                    )
+                if stopping:
+                    then = ", which is saved. Run the same command again to go on" if order else ""
+                    raise KeyboardInterrupt(f"Stopped after step {step} of {n_steps}{then}.")
 
         if step < max(n_steps, 1):
             raise TrainError(
                 f"activations for {out}: expected {n_steps} batches, got {step} ({tokens} rows). "
                 f"Lower --tokens or cache more."
             )
-        for member, history in zip(members, histories, strict=True):
-            folder = work / member.spec.name
-            save_sae(
-                member.learner.sae, folder, training=_explain(member, config, n_steps, provenance)
+        if leads:
+            write_run(
+                work,
+                config,
+                members,
+                rows=rows,
+                keep=keep or {},
+                failed=failed,
+                training={name: settings | facts | recipe for name, recipe in recipes.items()},
+                facts={
+                    "precision": exact.precision,
+                    "d_model": d_model,
+                    "n_steps": n_steps,
+                    "tokens": tokens,
+                    **facts,
+                },
             )
-            history.close(folder / "history.parquet")
-        write_json(work / "summary.json", {n: m._asdict() for n, m in metrics.items()})
-        write_json(
-            work / "config.json",
-            {
-                "train": config.model_dump(mode="json"),
-                "members": [spec.name for spec in specs],
-                "d_model": d_model,
-                "n_steps": n_steps,
-                "tokens": tokens,
-                **(provenance or {}),
-            },
-        )
-    return metrics
+    _meet(group)
+    return {member.spec.name: _pick_metrics(rows[member.spec.name][-1]) for member in members}
 
 
-def _check_batch(batch: Batch, *, d_model: int, step: int) -> None:
-    for name in ("acts", "grads"):
-        tensor = getattr(batch, name)
-        if tensor.ndim != 2 or tensor.shape[1] != d_model:
-            raise TrainError(
-                f"{name} at step {step}: expected [batch, {d_model}], got {list(tensor.shape)}."
-            )
-        bad = ~torch.isfinite(tensor).all(dim=1)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise TrainError(
-                f"{name} at step {step}, block {int(batch.block[row])}, position "
-                f"{int(batch.position[row])}: expected finite values, got NaN or Inf. "
-                f"Cache these activations again with pipeline cache."
-            )
+def pin_precision(config: TrainConfig, device: str | torch.device) -> TrainConfig:
+    """The same settings, with the precision that "auto" means on this device."""
+    return config.model_copy(update={"precision": pick_precision(config.precision, device)})
 
 
-def _take(batches: Iterable[Batch], n: int) -> Iterator[Batch]:
-    """The first n, without asking for one more: the stream would read it from disk."""
-    return (batch for _, batch in zip(range(n), batches, strict=False))
+def _anyone(group: Group, says: Callable[[], bool] | None) -> bool:
+    """Whether any process of the group says so: all of them must do the same."""
+    return bool(group.sum(torch.tensor(int(says() if says else False))))
 
 
-def _is_run(folder: Path) -> bool:
-    """Whether `folder` holds what `train` writes and may therefore be replaced."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-        return all((folder / name / "config.json").is_file() for name in config["members"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def _meet(group: Group) -> None:
+    """Wait until all processes are here, so that they find the run that the first one wrote."""
+    group.sum(torch.zeros(()))
 
 
-@contextmanager
-def _open_run(out: Path) -> Iterator[Path]:
-    """Yield an empty sibling of `out` to write to; on success it takes the place of `out`.
-
-    Where the body raises, the sibling stays, for a look at its live metrics, until the next run.
-    """
-    foreign = out.is_file() or (out.is_dir() and any(out.iterdir()))
-    if foreign and not _is_run(out):
+def _agree(group: Group, step: int, checkpoints: Path) -> None:
+    """Raise TrainError unless all processes found the first one's checkpoint."""
+    first = int(group.sum(torch.tensor(step if group.rank == 0 else 0)))
+    if step != first:
         raise TrainError(
-            f"run folder at {out}: expected an earlier run, an empty folder or nothing, got other "
-            f"files, which would be lost. Choose another --out."
+            f"checkpoint at {checkpoints} of process {group.rank}: expected step {first} as the "
+            f"first process has it, got {step}. Name an --out that all processes share."
         )
-    lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
-    work, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-    except Timeout:
-        raise TrainError(
-            f"run folder at {out}: expected no other writer, got one that holds {lock.lock_file}. "
-            f"Wait for it, or choose another --out."
-        ) from None
-    except OSError as error:
-        raise TrainError(f"run folder at {out}: expected a writable place, got: {error}.") from None
-    try:
-        yield work
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        work.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        lock.release()
 
 
-def _describe(report: StepReport, name: str) -> dict[str, Any]:
+def _describe(report: StepReport, name: str) -> Row:
     head = {"step": report.step, "tokens": report.tokens, "lr": report.lr}
     return head | {"tokens_per_s": report.tokens_per_s} | report.metrics[name]._asdict()
 
 
-def _explain(
-    member: Member, config: TrainConfig, n_steps: int, provenance: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    settings = config.model_dump(
-        mode="json", exclude={"betas", "ks", "seeds", "d_sae", "loss_tokens"}
-    )
-    return {**settings, "seed": member.spec.seed, "n_steps": n_steps, **(provenance or {})}
+def _pick_metrics(row: Row) -> StepMetrics:
+    return StepMetrics(**{name: row[name] for name in StepMetrics._fields})
+
+
+def _ignore(*_: object) -> None:
+    pass

@@ -1,17 +1,36 @@
-"""Train from a store: plan what to read, refuse to replace another run, and hand the stream on."""
+"""Train from a store: plan what to read, keep what an earlier run has, and hand the streams on."""
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.config import TrainConfig
+import torch
+
+from pipeline.config import ModelConfig, TrainConfig
 from pipeline.errors import TrainError
+from pipeline.member import END_TO_END, MemberSpec, plan_members, plan_recipe
+from pipeline.rows import Rows
+from pipeline.run_folder import find_finished, locate_checkpoints, restore_run
 from pipeline.runs import Run, read_run
-from pipeline.train import StepReport, plan_steps, train
+from pipeline.sae.group import ALONE, Group
+from pipeline.schedules import plan_steps
+from pipeline.train import StepReport, pin_precision, train
 from store.files import StoreFiles
 from store.reader import ActivationStore, open_files, open_store, read_manifest
 from store.stream import stream_batches
 from store.stream_plan import StreamPlan, count_rows, plan_stream
+
+
+class Course(NamedTuple):
+    """Members that learn from one stream."""
+
+    specs: tuple[MemberSpec, ...]
+    n_steps: int
+    order: str  # names the batches and their order, for checkpoints
+    open_stream: Callable[[int], Iterable[Rows]]  # from a batch on
 
 
 class TrainPlan(NamedTuple):
@@ -66,41 +85,161 @@ def run_training(
     *,
     device: str,
     provenance: Mapping[str, Any],
+    model: ModelConfig | None = None,
+    only: Sequence[str] | None = None,
+    group: Group = ALONE,
     overwrite: bool = False,
     on_step: Callable[[StepReport], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Run:
-    """Train all members from one pass over the store.
+    """Train the members that `out` does not have yet from one pass over the store.
+
+    End-to-end members have a pass of their own, over whole blocks; only for them is `model` loaded.
+    A run at `out` of the same store and settings is extended; with `overwrite` a new one replaces
+    it. `only` names the members to train, if not the whole grid. The other arguments are those of
+    `train`.
 
     Raises TrainError if `out` holds another run.
     """
-    _refuse_other_run(out, config, plan.store.manifest.fingerprint, overwrite=overwrite)
-    train(
-        config,
-        stream_batches(plan.store, plan.stream),
-        d_model=plan.store.manifest.d_model,
-        n_steps=plan.n_steps,
-        out=out,
-        device=device,
-        provenance={
-            "hook": plan.stream.hook,
-            "store": plan.store.where,
-            "store_fingerprint": plan.store.manifest.fingerprint,
-            "store_identity": plan.store.manifest.identity,
-            **provenance,
-        },
-        on_step=on_step,
-    )
+    facts = {**describe_input(plan), **provenance}
+    courses = plan_courses(plan, config, device=device, model=model, only=only, group=group)
+    recipes = plan_recipes(courses, pin_precision(config, device), facts)
+    if group.rank == 0:
+        restore_run(out)
+    group.sum(torch.zeros(()))  # all wait for it
+    kept = {} if overwrite else find_finished(out, recipes)
+    if len(kept) == len(recipes) and group.rank == 0:
+        shutil.rmtree(locate_checkpoints(out), ignore_errors=True)
+    for course in courses:
+        missing = [spec for spec in course.specs if spec.name not in kept]
+        if not missing:
+            continue
+        if tell and kept and group.rank == 0:
+            tell(f"kept as they are in {out}: {', '.join(kept)}")
+        train(
+            config,
+            course.open_stream,
+            d_model=plan.store.manifest.d_model,
+            n_steps=course.n_steps,
+            out=out,
+            specs=missing,
+            keep=kept,
+            order=course.order,
+            device=device,
+            n_tokens=_count_vocabulary(plan) if "tokenized" in config.architectures else None,
+            group=group,
+            provenance=facts,
+            on_step=on_step,
+            tell=tell,
+            should_stop=should_stop,
+        )
+        kept = find_finished(out, recipes)
     return read_run(out)
 
 
-def _refuse_other_run(out: Path, config: TrainConfig, fingerprint: str, *, overwrite: bool) -> None:
-    if overwrite or not (out / "config.json").exists():
-        return
-    former = read_run(out)
-    if former.fingerprint != fingerprint or former.config["train"] != config.model_dump(
-        mode="json"
-    ):
-        raise TrainError(
-            f"run at {out}: expected none or one with the same store and settings, got another. "
-            "Choose another --out, or pass --overwrite."
+def describe_input(plan: TrainPlan) -> dict[str, Any]:
+    """What a run and its members say of the store that they were trained from."""
+    return {
+        "hook": plan.stream.hook,
+        "store": plan.store.where,
+        "store_fingerprint": plan.store.manifest.fingerprint,
+        "store_identity": plan.store.manifest.identity,
+    }
+
+
+def plan_recipes(
+    courses: Sequence[Course], config: TrainConfig, facts: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """All that decides each member's weights, by name; the precision of `config` is not auto."""
+    return {
+        spec.name: plan_recipe(
+            spec, config, n_steps=course.n_steps, order=course.order, provenance=facts
         )
+        for course in courses
+        for spec in course.specs
+    }
+
+
+def plan_courses(
+    plan: TrainPlan,
+    config: TrainConfig,
+    *,
+    device: str,
+    model: ModelConfig | None,
+    only: Sequence[str] | None = None,
+    group: Group = ALONE,
+) -> list[Course]:
+    """The members of the shuffled stream, and those of a stream of whole blocks, if there are any.
+
+    A process reads its own rows of each batch.
+    """
+    specs = [spec for spec in plan_members(config) if only is None or spec.name in only]
+    shuffled = tuple(spec for spec in specs if spec.architecture != END_TO_END)
+    in_blocks = tuple(spec for spec in specs if spec.architecture == END_TO_END)
+
+    def open_stream(first_batch: int) -> Iterable[Rows]:
+        return stream_batches(
+            plan.store,
+            plan.stream,
+            first_batch=first_batch,
+            rank=group.rank,
+            world_size=group.world_size,
+        )
+
+    courses = [Course(shuffled, plan.n_steps, plan.stream.order, open_stream)] if shuffled else []
+    if in_blocks:
+        courses.append(_plan_end_to_end(plan, config, in_blocks, device, model, group))
+    return courses
+
+
+def _plan_end_to_end(
+    plan: TrainPlan,
+    config: TrainConfig,
+    specs: tuple[MemberSpec, ...],
+    device: str,
+    model: ModelConfig | None,
+    group: Group,
+) -> Course:
+    """About as many rows as the shuffled stream gives, in whole blocks."""
+    from pipeline.end_to_end import load_store_model, plan_blocks, stream_end_to_end
+
+    assert model is not None, "end-to-end members need the language model"
+    store, manifest = plan.store, plan.store.manifest
+    blocks = plan_blocks(store, batch_size=config.batch_size, epochs=config.epochs)
+    rows = plan.n_steps * config.batch_size
+    n_steps = max(1, min(blocks.n_batches, rows // (blocks.batch_blocks * manifest.context_length)))
+    decisive = (
+        *(manifest.checksum, plan.stream.hook, blocks.batch_blocks, config.shuffle_seed),
+        *(plan.stream.exclude_positions, store.present),
+    )
+    order = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
+    loaded: list[Any] = []  # at most one model, once it is needed
+
+    def open_stream(first_batch: int) -> Iterable[Rows]:
+        loaded[:] = loaded or [load_store_model(store, model, device=device)]
+        return stream_end_to_end(
+            loaded[0],
+            store,
+            hook=plan.stream.hook,
+            batch_blocks=blocks.batch_blocks,
+            epochs=config.epochs,
+            seed=config.shuffle_seed,
+            exclude_positions=plan.stream.exclude_positions,
+            first_batch=first_batch,
+            rank=group.rank,
+            world_size=group.world_size,
+            group=group,
+            precision=str(manifest.identity.get("precision", "float32")),
+        )
+
+    return Course(specs, n_steps, order, open_stream)
+
+
+def _count_vocabulary(plan: TrainPlan) -> int:
+    """The size of the vocabulary; where the store does not say, what its tokens reach."""
+    known = plan.store.manifest.identity.get("d_vocab")
+    if isinstance(known, int):
+        return known
+    present = plan.store.present
+    return 1 + max(int(plan.store.read_column(shard, "tokens").max()) for shard in present)

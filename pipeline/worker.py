@@ -15,12 +15,11 @@ from dask.system import CPU_COUNT
 from distributed import Worker, WorkerPlugin
 from distributed.system import MEMORY_LIMIT
 
-from pipeline.cache import prepare_worker
-from pipeline.cache_plan import CaptureSettings
 from pipeline.config import RunConfig
 from pipeline.device import pick_device, pin_device
 from pipeline.errors import PipelineError
 from pipeline.proof import (
+    Job,
     WorkerFacts,
     describe_refused,
     expect_facts,
@@ -43,18 +42,18 @@ def plan_share(run: RunConfig, n_workers: int, *, n_cores: int, memory_bytes: in
 
 
 class WorkerSetup(WorkerPlugin):
-    """Makes a worker ready for shards, or closes it if it does not see what the driver sees."""
+    """Makes a worker ready for a job, or closes it if it does not see what the driver sees."""
 
     def __init__(
         self,
         run: RunConfig,
-        settings: CaptureSettings,
+        job: Job,
         token: Path,
         proven: Mapping[str, WorkerFacts],
     ) -> None:
         self.name = f"gsae-{token.name}"
-        self.expected = expect_facts(settings)
-        self.run, self.settings, self.token = run, settings, token
+        self.expected = expect_facts(job)
+        self.run, self.job, self.token = run, job, token
         self.proven = frozenset(proven)
         self.workers_of = Counter(facts.host for facts in proven.values())
 
@@ -75,7 +74,7 @@ class WorkerSetup(WorkerPlugin):
     def _prepare(self, address: str, name: object, tasks_at_once: int) -> None:
         host = self.expected.host
         if address not in self.proven:
-            facts = gather_facts(self.settings, self.token, tasks_at_once)
+            facts = gather_facts(self.job, self.token, tasks_at_once)
             if different := find_differences(self.expected, facts):
                 raise PipelineError(describe_refused(address, 1, {address: different}))
             host = facts.host
@@ -87,18 +86,16 @@ class WorkerSetup(WorkerPlugin):
         )
         torch.set_num_threads(share.threads)
         device = pin_device(
-            pick_device(self.settings.device),
+            pick_device(self.job.device),
             worker=name,
             n_gpus=torch.cuda.device_count(),
             shared=self.run.scheduler is None or "CUDA_VISIBLE_DEVICES" not in os.environ,
         )
         if device.startswith("cuda:"):
             torch.cuda.set_device(device)  # what "cuda" means to this thread from now on
-        prepare_worker(self.settings)
+        self.job.prepare()
 
 
-def gather_on_worker(
-    settings: CaptureSettings, token: Path, dask_worker: Worker | None = None
-) -> WorkerFacts:
+def gather_on_worker(job: Job, token: Path, dask_worker: Worker | None = None) -> WorkerFacts:
     assert dask_worker is not None  # dask fills it in, by its name
-    return gather_facts(settings, token, dask_worker.state.nthreads)
+    return gather_facts(job, token, dask_worker.state.nthreads)

@@ -21,9 +21,10 @@ from store.errors import (
     StoreNotFound,
     StoreUnreachable,
 )
+from store.identity import diff_identities, fingerprint_of
 from store.layout import ShardSpec, StoreLayout, permute_rows, plan_shards
 from store.lock import lock_work
-from store.manifest import Manifest, StoreSpec, diff_identities, fingerprint_of
+from store.manifest import Manifest, StoreSpec
 from store.mixing import Mixedness
 from store.publication import find_published, publish, sweep_aside
 from store.reader import ActivationStore, Rows, Token, open_store

@@ -74,7 +74,7 @@ def stream_blocks(
         rank=rank,
         world_size=world_size,
     )
-    return read_ahead(_read_batches(store, hook, batches))
+    return (batch for (batch,) in read_ahead(_read_batches(store, hook, batches)))
 
 
 def plan_block_batches(

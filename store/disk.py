@@ -17,6 +17,8 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 _NO_LINKS = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES}
 
+_CACHE = "pipeline cache"
+
 
 class WrittenFile(NamedTuple):
     bytes: int
@@ -29,21 +31,25 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def check_room(path: Path, needed_bytes: int) -> None:
-    """Raise DiskFull unless the disk of `path` has room for `needed_bytes`."""
+def check_room(path: Path, needed_bytes: int, command: str = _CACHE) -> None:
+    """Raise DiskFull unless the disk of `path` has room for `needed_bytes` of the command's."""
     free = free_bytes(path)
     if free < needed_bytes:
-        raise DiskFull(_describe_full(path, needed_bytes, free))
+        raise DiskFull(_describe_full(path, needed_bytes, free, command))
 
 
 @contextmanager
-def disk_errors(path: Path, needed_bytes: int) -> Iterator[None]:
-    """Turn a full disk into DiskFull, and a refusal to write into a StoreError naming `path`."""
+def disk_errors(path: Path, needed_bytes: int, command: str = _CACHE) -> Iterator[None]:
+    """Turn a full disk into DiskFull, and a refusal to write into a StoreError naming `path`.
+
+    `command` is the one to run again.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise DiskFull(_describe_full(path, needed_bytes, free_bytes(path))) from error
+            free = free_bytes(path)
+            raise DiskFull(_describe_full(path, needed_bytes, free, command)) from error
         if error.errno in _REFUSED:
             raise StoreError(
                 f"folder at {path}: expected one that can be written, got {error.strerror} for "
@@ -155,8 +161,9 @@ def _link_or_copy(source: Path, target: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _describe_full(path: Path, needed_bytes: int, free: int) -> str:
+def _describe_full(path: Path, needed_bytes: int, free: int, command: str) -> str:
+    kept = "committed shards are" if command == _CACHE else "what is whole is"
     return (
         f"disk at {path}: expected room for {needed_bytes:,} bytes, got {free:,}. "
-        "Make room and run `pipeline cache` again: committed shards are kept."
+        f"Make room and run `{command}` again: {kept} kept."
     )

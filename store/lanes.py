@@ -21,7 +21,6 @@ from store.stream_plan import StreamPlan
 
 MIN_RUN_ROWS = 16  # rows decoded one after another, on average; with fewer they are copied first
 
-
 Batches = Iterator[Sequence[Slice]]  # what each batch is made of
 
 

@@ -4,18 +4,17 @@
 docs/format.md describes every field.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from store.compression import COMPRESSIONS
-from store.errors import ManifestError, StoreMismatch, mend
+from store.errors import ManifestError, mend
+from store.identity import fingerprint_of
 from store.layout import ShardSpec, StoreLayout, check_layout
 from store.numbers import FORMATS, VALUE_FORMATS, NumberFormat, Statistics
 from store.shardfile import ShardFormat
@@ -308,69 +307,10 @@ def locate_shard(array_path: str, shard: int) -> str:
     return f"{array_path}/c/{shard}" + ("" if has_one_dimension else "/0")
 
 
-def fingerprint_of(identity: dict[str, Any]) -> str:
-    """sha256, in hex, of the identity as canonical JSON: sorted keys, no spaces, ASCII, no NaN."""
-    return hashlib.sha256(_canonical(identity)).hexdigest()
-
-
-def diff_identities(expected: Any, found: Any, _key: str = "") -> list[str]:
-    """One line for every field in which two identities differ; nested ones by dotted names."""
-    if not (isinstance(expected, dict) and isinstance(found, dict)):
-        same = _canonical(expected) == _canonical(found)
-        return [] if same else [f"{_key or 'identity'}: expected {expected!r}, got {found!r}"]
-    lines = []
-    for key in sorted(expected.keys() | found.keys()):
-        name = f"{_key}.{key}" if _key else key
-        if key not in found:
-            lines.append(f"{name}: expected {expected[key]!r}, got nothing")
-        elif key not in expected:
-            lines.append(f"{name}: expected nothing, got {found[key]!r}")
-        else:
-            lines += diff_identities(expected[key], found[key], name)
-    return lines
-
-
-class Difference(NamedTuple):
-    field: str  # nested ones by dotted names
-    ours: Any  # None where it is not there
-    theirs: Any
-
-
-def list_differences(ours: Any, theirs: Any, _key: str = "") -> list[Difference]:
-    """Every field in which two identities differ."""
-    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
-        same = _canonical(ours) == _canonical(theirs)
-        return [] if same else [Difference(_key or "identity", ours, theirs)]
-    found = []
-    for key in sorted(ours.keys() | theirs.keys()):
-        name = f"{_key}.{key}" if _key else key
-        if key in ours and key in theirs:
-            found += list_differences(ours[key], theirs[key], name)
-        else:
-            found.append(Difference(name, ours.get(key), theirs.get(key)))
-    return found
-
-
-def check_identity(
-    expected: dict[str, Any], found: dict[str, Any], where: str | Path, advice: str
-) -> None:
-    """Raise StoreMismatch with the field-by-field difference, followed by the next step to take."""
-    if lines := diff_identities(expected, found):
-        raise StoreMismatch(
-            f"store at {where} is not the one asked for: {'; '.join(lines)}. {advice}"
-        )
-
-
 def _expect(file: str, field: str, expected: Any, found: Any) -> None:
     if found != expected:
         raise ManifestError(f"{field} in {file}: expected {expected}, got {found}. {mend(file)}")
 
 
 def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(
-        _canonical({k: v for k, v in content.items() if k != "checksum"})
-    ).hexdigest()
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return fingerprint_of({key: value for key, value in content.items() if key != "checksum"})

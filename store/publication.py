@@ -11,6 +11,7 @@ from typing import Any
 from store.crash import crash_point
 from store.disk import disk_errors, fsync_folder, link_tree, make_folder, write_durably
 from store.errors import ShardCorrupt, ShardMissing, StoreError, StoreLocked, StoreMismatch
+from store.identity import check_identity
 from store.lock import lock_work
 from store.manifest import (
     MANIFEST_NAME,
@@ -18,7 +19,6 @@ from store.manifest import (
     Manifest,
     StoreSpec,
     build_manifest,
-    check_identity,
     encode_manifest,
 )
 from store.reader import open_store
@@ -73,12 +73,7 @@ def find_published(spec: StoreSpec, out: Path, *, overwrite: bool = False) -> Ma
 
     Raises as publish does if `out` must not be replaced, so a caller can find out beforehand.
     """
-    for parent in out.absolute().parents:
-        if (parent / MANIFEST_NAME).is_file() and (parent / "zarr.json").is_file():
-            raise StoreMismatch(
-                f"output at {out}: expected a path outside of stores, got one in the store at "
-                f"{parent}. Choose another --out."
-            )
+    refuse_nested(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / MANIFEST_NAME).is_file():
@@ -103,6 +98,16 @@ def find_published(spec: StoreSpec, out: Path, *, overwrite: bool = False) -> Ma
             "Choose another --out, or replace it with --overwrite.",
         )
     return None
+
+
+def refuse_nested(out: Path) -> None:
+    """Raise StoreMismatch if `out` is inside a store, of which it would look like a part."""
+    for parent in out.absolute().parents:
+        if (parent / MANIFEST_NAME).is_file() and (parent / "zarr.json").is_file():
+            raise StoreMismatch(
+                f"output at {out}: expected a path outside of stores, got one in the store at "
+                f"{parent}. Choose another --out."
+            )
 
 
 def _read_fingerprint(out: Path) -> str | None:

@@ -24,10 +24,12 @@ from store.errors import ManifestError, ShardMissing, StoreError, StoreLocked, S
 from store.files import LocalFiles, StoreFiles
 from store.manifest import MANIFEST_NAME, PROVENANCE_NAME, FileRecord, Manifest, parse_manifest
 from store.metadata import check_metadata, list_metadata
+from store.publication import refuse_nested
 from store.reader import ActivationStore, list_files, read_manifest_bytes
 
 DOWNLOADS = 4  # at a time
-_SOURCE = "source"
+_SOURCE, _LOCK = "source", "lock"
+_COMMAND = "pipeline store pull"
 
 
 class PullPlan(NamedTuple):
@@ -92,14 +94,15 @@ def pull_store(
 ) -> Pulled:
     """Copy what is planned to the folder `out`; `on_progress` is told bytes as they are there.
 
-    Raises StoreMismatch if `out` holds another store, StoreLocked while another process pulls into
-    it, DiskFull, ShardMissing, ShardCorrupt, and what the source raises.
+    Raises StoreMismatch if `out` holds another store or is in one, StoreLocked while another
+    process pulls into it, DiskFull, ShardMissing, ShardCorrupt, and what the source raises.
     """
     scratch = out.with_name(f".{out.name}.pull")
-    with disk_errors(out, plan.bytes):
+    with disk_errors(out, plan.bytes, _COMMAND):
+        refuse_nested(out)
         _refuse_foreign(out, scratch, plan.manifest)  # before anything is written
         make_folder(scratch)
-        lock = FileLock(scratch / "lock", timeout=0)
+        lock = FileLock(scratch / _LOCK, timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -136,13 +139,16 @@ def _copy_files(
     scratch: Path,
     on_progress: Callable[[int], None] | None,
 ) -> Pulled:
+    for leftover in scratch.iterdir():  # a killed pull's, which takes the room that is needed
+        if leftover.name not in (_LOCK, _SOURCE):
+            leftover.unlink()
     wanted = []
     for path, record in plan.files:
         if not _is_whole(out / path, record):
             wanted.append((path, record))
         elif on_progress:
             on_progress(record.bytes)
-    check_room(out, sum(record.bytes for _, record in wanted))
+    check_room(out, sum(record.bytes for _, record in wanted), _COMMAND)
     with ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="store-pull") as threads:
         jobs = {
             threads.submit(_copy_file, source, out, path, record, scratch): record.bytes
@@ -164,14 +170,17 @@ def _copy_files(
 def _copy_file(source: StoreFiles, out: Path, path: str, record: FileRecord, scratch: Path) -> None:
     partial = scratch / path.replace("/", "+")
     try:
-        source.copy(path, record, partial)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise ShardMissing(
-            f"shard file at {source.locate(path)}: expected a file, got none. Pull other shards "
-            "(--shards), or have it uploaded again."
-        ) from None
-    make_folder((out / path).parent)
-    rename_durably(partial, out / path, kind="pulled")
+        try:
+            source.copy(path, record, partial)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise ShardMissing(
+                f"shard file at {source.locate(path)}: expected a file, got none. Pull other "
+                "shards (--shards), or have it uploaded again."
+            ) from None
+        make_folder((out / path).parent)
+        rename_durably(partial, out / path, kind="pulled")
+    finally:
+        partial.unlink(missing_ok=True)  # of no use where it is not whole
 
 
 def _is_whole(path: Path, record: FileRecord) -> bool:

@@ -11,7 +11,7 @@ an array's shape.
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from store.arrays import ReadChunk, Slots, open_array, take_rows
 from store.errors import (
     ManifestError,
     ShardCorrupt,
@@ -45,10 +46,8 @@ from store.manifest import (
 )
 from store.metadata import check_metadata
 from store.numbers import Stored, decode_numbers
-from store.shardfile import ShardFormat, check_shard, read_chunk
 
 COLUMNS = ("tokens", "loss", "block", "position")  # of every hook alike
-Slots = np.ndarray | range  # of a shard; a range with step 1
 
 
 class Rows(NamedTuple):
@@ -217,58 +216,15 @@ class ActivationStore:
     def _take_values(self, shard: int, path: str, slots: Slots) -> Tensor:
         return decode_numbers(self.read_stored(shard, path, slots), self.arrays[path].numbers)
 
-    @contextmanager
-    def open_array(self, shard: int, path: str) -> Iterator[Callable[..., np.ndarray]]:
-        """Keep a shard's file of one array open; yields `read(chunk, memory=None)`.
-
-        A chunk is [rows_per_chunk, *row_shape] of the disk dtype, writable, checked, with padding.
-        It may lie in `memory`, of uint8, where that is given and large enough.
-        """
-        array, record = self.arrays[path], self.manifest.shards[shard]
-        shard_format, file_record = self.spec.shard_format(array), record.files[path]
-        name = locate_shard(path, shard)
-        where = self.files.locate(name)
-        lengths = file_record.chunk_bytes
-        with _open_shard(self.files, name, file_record) as file:
-            check_shard(file, shard_format, array.count_rows(record.spec), where, lengths)
-            yield lambda chunk, memory=None: read_chunk(
-                file, chunk, shard_format, file_record.crc32c, where, lengths, memory
-            )
+    def open_array(self, shard: int, path: str) -> AbstractContextManager[ReadChunk]:
+        """Keep a shard's file of one array open; yields what reads its chunks."""
+        record = self.manifest.shards[shard]
+        return open_array(self.files, self.spec, self.arrays[path], record)
 
     def _take_array(self, shard: int, path: str, slots: Slots) -> np.ndarray:
-        """The file's rows at these slots: [slots, *row_shape] of the disk dtype, writable."""
         shard_format = self.spec.shard_format(self.arrays[path])
         with self.open_array(shard, path) as read:
-            if isinstance(slots, range):
-                return _take_range(read, slots, shard_format)
-            return _take_slots(read, slots, shard_format)
-
-
-def _take_range(
-    read: Callable[[int], np.ndarray], slots: range, shard_format: ShardFormat
-) -> np.ndarray:
-    """Contiguous slots; a view of their chunk where it is one."""
-    assert slots.step == 1
-    size = shard_format.rows_per_chunk
-    parts = [
-        read(chunk)[max(slots.start - chunk * size, 0) : slots.stop - chunk * size]
-        for chunk in range(slots.start // size, -(-slots.stop // size) if slots else 0)
-    ]
-    if not parts:
-        return np.empty((0, *shard_format.row_shape), shard_format.disk)
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _take_slots(
-    read: Callable[[int], np.ndarray], slots: np.ndarray, shard_format: ShardFormat
-) -> np.ndarray:
-    taken = np.empty((len(slots), *shard_format.row_shape), shard_format.disk)
-    chunk_of, row_of = np.divmod(slots, shard_format.rows_per_chunk)
-    by_chunk = np.argsort(chunk_of, kind="stable")
-    chunks, starts = np.unique(chunk_of[by_chunk], return_index=True)
-    for chunk, here in zip(chunks.tolist(), np.split(by_chunk, starts)[1:], strict=True):
-        taken[here] = read(chunk)[row_of[here]]
-    return taken
+            return take_rows(read, slots, shard_format)
 
 
 def open_store(
@@ -385,16 +341,3 @@ def _describe_other(files: StoreFiles) -> str:
     if folder.is_dir():
         return "a folder of something else. Name a store, or make one with `pipeline cache`."
     return "no such folder. Correct the path, or make the store with `pipeline cache`."
-
-
-@contextmanager
-def _open_shard(files: StoreFiles, path: str, record: FileRecord) -> Iterator[int]:
-    with ExitStack() as opened:
-        try:
-            descriptor = opened.enter_context(files.open(path, record))
-        except (FileNotFoundError, NotADirectoryError):
-            raise ShardMissing(
-                f"shard file at {files.locate(path)}: expected a file, got none. "
-                f"{mend(files.where)}"
-            ) from None
-        yield descriptor

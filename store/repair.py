@@ -23,12 +23,12 @@ from store.errors import (
     StoreNotFound,
 )
 from store.files import LocalFiles, StoreFiles
+from store.identity import check_identity
 from store.lock import lock_work
 from store.manifest import (
     MANIFEST_NAME,
     Manifest,
     build_manifest,
-    check_identity,
     encode_manifest,
 )
 from store.reader import ListedFile, locate_pull, read_manifest
@@ -86,7 +86,8 @@ def repair(
         return RepairReport(False, (), (), ())
     work = work or locate_work(path, manifest.fingerprint)
     had_work = work.exists()
-    with lock_work(work), disk_errors(work, needed_bytes=_largest_file(manifest)):
+    command = f"pipeline store repair {path}"
+    with lock_work(work), disk_errors(work, _largest_file(manifest), command):
         prepare_work(work, manifest.spec)
         sweep(work)
         if restored:

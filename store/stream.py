@@ -1,11 +1,13 @@
 """A plan's batches as torch tensors, read ahead on background threads."""
 
+import atexit
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing
-from typing import NamedTuple, TypeVar
+from contextlib import closing
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +24,6 @@ from store.stream_plan import PREFETCHED_BATCHES, StreamPlan
 SHARDS_AHEAD = 2  # that a remote is asked for at first, before they are opened; later a window's
 _THREAD = "store-prefetch"
 _CLOSE_TIMEOUT_S = 1.0
-
-T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -47,9 +47,9 @@ def stream_batches(
 ) -> Iterator[Batch]:
     """The plan's batches from `first_batch` on, or one rank's rows of each of them.
 
-    Rank r of w gets rows r * batch_size // w to (r + 1) * batch_size // w, and reads activations
-    and gradients of those only; the ranks' parts one after another are what one reader would get.
-    The memory of a batch is used again once nobody holds one of its tensors or a view of it.
+    Rank r of w gets rows r * batch_size // w to (r + 1) * batch_size // w, and reads those only;
+    the ranks' parts one after another are what one reader would get. The memory of a batch's acts
+    or grads is used again once nobody holds the tensor or a view of it.
     Raises StoreError at once if the plan has no `first_batch`; while streaming, ShardCorrupt or
     ShardMissing.
     """
@@ -79,21 +79,21 @@ def stream_batches(
         read_array(store, plan, f"{plan.hook}/{name}", plan_pieces(), n_rows, announcer.follow())
         for name in ("acts", "grads")
     )
-    return _join(store, read_ahead(columns), read_ahead(acts), read_ahead(grads))
+    return _join(columns, acts, grads, announcer)
 
 
 def _join(
-    store: ActivationStore,
     columns: Generator[list[np.ndarray], None, None],
     acts: Generator[Tensor, None, None],
     grads: Generator[Tensor, None, None],
+    announcer: "_Announcer",
 ) -> Generator[Batch, None, None]:
-    with ExitStack() as at_end:
-        at_end.callback(store.files.cancel_prefetch)
-        for part in (columns, acts, grads):
-            at_end.enter_context(closing(part))
-        for row_columns, batch_acts, batch_grads in zip(columns, acts, grads, strict=True):
-            yield Batch(batch_acts, batch_grads, *map(torch.from_numpy, row_columns))
+    try:
+        with closing(read_ahead(columns, acts, grads)) as parts:
+            for row_columns, batch_acts, batch_grads in parts:
+                yield Batch(batch_acts, batch_grads, *map(torch.from_numpy, row_columns))
+    finally:
+        announcer.stop()
 
 
 class _Announcer:
@@ -103,6 +103,7 @@ class _Announcer:
     """
 
     def __init__(self, store: ActivationStore, plan: StreamPlan, batches: Batches) -> None:
+        self._files = store.files
         self._coming = _announce_shards(store, plan, batches)
         self._window = plan.window
         self._n_announced = 0
@@ -120,6 +121,12 @@ class _Announcer:
                 self._n_announced += sum(1 for _ in more)
 
         return on_open
+
+    def stop(self) -> None:
+        """Ask for no more, also where a reader that hangs goes on later."""
+        with self._lock:
+            self._coming = iter(())
+        self._files.cancel_prefetch()
 
 
 def _announce_shards(store: ActivationStore, plan: StreamPlan, batches: Batches) -> Iterator[None]:
@@ -139,16 +146,46 @@ def _announce_shards(store: ActivationStore, plan: StreamPlan, batches: Batches)
 
 
 def read_ahead(
-    items: Generator[T, None, None], n_ahead: int = PREFETCHED_BATCHES
-) -> Generator[T, None, None]:
-    """The same items, computed ahead on a thread that ends when the generator does.
+    *sources: Generator[Any, None, None], n_ahead: int = PREFETCHED_BATCHES
+) -> Generator[list[Any], None, None]:
+    """One item of every source at a time, each source read ahead on a thread of its own.
 
-    Unless a read of a remote hangs: then the thread ends when that does, or with the program.
+    The sources have equally many items, none of them None. Their threads end when the generator
+    does, or the program. Unless a read of a remote hangs: then its thread ends when that does.
     """
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(n_ahead)
     stopped = threading.Event()
+    queues: list[queue.Queue] = [queue.Queue(n_ahead) for _ in sources]
+    threads = [
+        threading.Thread(target=_fill, args=(*pair, stopped), name=_THREAD, daemon=True)
+        for pair in zip(sources, queues, strict=True)
+    ]
 
-    def offer(item: T | None, error: BaseException | None = None) -> None:
+    def stop() -> None:
+        stopped.set()
+        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        for thread in threads:
+            if thread.is_alive():
+                thread.join(max(deadline - time.monotonic(), 0))
+
+    atexit.register(stop)  # a thread that runs on would abort the interpreter's exit
+    try:
+        for thread in threads:
+            thread.start()
+        while True:
+            items = [_take(ready) for ready in queues]
+            if items[0] is None:
+                assert not any(item is not None for item in items)
+                return
+            yield items
+    finally:
+        atexit.unregister(stop)
+        stop()
+
+
+def _fill(source: Generator[Any, None, None], ready: queue.Queue, stopped: threading.Event) -> None:
+    """Put (item, None) for each item, then (None, None), or the (None, error) that came first."""
+
+    def offer(item: Any, error: BaseException | None = None) -> None:
         while not stopped.is_set():
             try:
                 ready.put((item, error), timeout=0.05)
@@ -156,30 +193,22 @@ def read_ahead(
             except queue.Full:
                 continue
 
-    def work() -> None:
-        try:
-            # Or torch would set this thread's number at its first use. More would spin on the cores
-            # that training needs, and take longer: 54 us against 8 for float16 [87, 768].
-            torch.get_num_threads()
-            with threadpool_limits(1, user_api="openmp"), closing(items):
-                for item in items:
-                    offer(item)
-                    if stopped.is_set():
-                        return
-            offer(None)
-        except BaseException as error:
-            offer(None, error)
-
-    thread = threading.Thread(target=work, name=_THREAD, daemon=True)
-    thread.start()
     try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        stopped.set()
-        thread.join(_CLOSE_TIMEOUT_S)
+        # Or torch would set this thread's number at its first use. More would spin on the cores
+        # that training needs, and take longer: 54 us against 8 for float16 [87, 768].
+        torch.get_num_threads()
+        with threadpool_limits(1, user_api="openmp"), closing(source):
+            for item in source:
+                offer(item)
+                if stopped.is_set():
+                    return
+        offer(None)
+    except BaseException as error:
+        offer(None, error)
+
+
+def _take(ready: queue.Queue) -> Any:
+    item, error = ready.get()
+    if error is not None:
+        raise error
+    return item

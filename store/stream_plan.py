@@ -17,7 +17,9 @@ from store.shuffle import size_slices
 
 PREFETCHED_BATCHES = 2
 BATCHES_ALIVE = PREFETCHED_BATCHES + 3  # one just filled, one handed over, one with the consumer
-_COLUMN_BYTES = 4 * len(COLUMNS) + 2 * 4  # per row of an open shard, with the slots of kept rows
+# Per row of an open shard: acts and grads each have the slots of kept rows, and cuts between runs,
+# which take 40 bytes for MIN_RUN_ROWS rows.
+_COLUMN_BYTES = 4 * len(COLUMNS) + 2 * (4 + 3)
 _OPENING_BYTES = 250  # per row of the shard that all three threads open, copies included
 _LIBRARIES_BYTES = 2**23  # codecs, threads' stacks and heaps
 _ORDER_VERSION = 1  # of the rule in store/shuffle.py

@@ -5,7 +5,7 @@ manifest.json.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from store.errors import ManifestError, ShardCorrupt, ShardMissing
 from store.files import LocalFiles, StoreFiles
 from store.layout import ShardSpec
-from store.manifest import MANIFEST_NAME, PROVENANCE_NAME, locate_shard
+from store.manifest import MANIFEST_NAME, PROVENANCE_NAME, locate_scales, locate_shard
 from store.metadata import check_node, list_metadata
 from store.numbers import decode_numbers
 from store.reader import ActivationStore, ListedFile, list_files, read_manifest
@@ -55,10 +55,9 @@ def verify_full(
     """
     store = _open_unchecked(files)
     damage = _find_metadata_damage(store) + find_damage(store, on_progress)
-    damaged = {file.shard for file in damage}
+    damaged = {file.path for file in damage}
     for shard in store.shards:
-        if shard.index not in damaged:
-            damage += _find_bad_numbers(store, shard)
+        damage += _find_bad_numbers(store, shard, damaged)
     return damage
 
 
@@ -138,10 +137,15 @@ def _describe_size(found: int | None, expected: int) -> str | None:
     return None if found == expected else f"{found} bytes instead of {expected}"
 
 
-def _find_bad_numbers(store: ActivationStore, shard: ShardSpec) -> Iterator[DamagedFile]:
+def _find_bad_numbers(
+    store: ActivationStore, shard: ShardSpec, damaged: Set[str]
+) -> Iterator[DamagedFile]:
     """Columns of the recorded bytes whose numbers cannot be read or are not finite."""
     step = store.spec.layout.rows_per_chunk
     for path, column in store.spec.columns().items():
+        arrays = (path, *locate_scales(path)) if column.numbers.scaled else (path,)
+        if any(locate_shard(array, shard.index) in damaged for array in arrays):
+            continue  # or not here, as in a part of a store
         problem = None
         try:
             for first in range(0, shard.n_rows, step):

@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from store.crash import crash_point
 from store.disk import write_durably
+from store.identity import fingerprint_of
 from store.layout import ShardSpec, StoreLayout
 from store.manifest import (
     ShardRecord,
     StoreSpec,
-    fingerprint_of,
     list_file_faults,
     locate_shard,
 )

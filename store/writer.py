@@ -20,13 +20,12 @@ from torch import Tensor
 from store.disk import disk_errors, make_folder, write_durably
 from store.errors import ManifestError
 from store.files import LocalFiles
+from store.identity import check_identity, fingerprint_of
 from store.layout import ShardSpec, permute_rows
 from store.manifest import (
     FileRecord,
     ShardRecord,
     StoreSpec,
-    check_identity,
-    fingerprint_of,
     locate_scales,
     locate_shard,
 )

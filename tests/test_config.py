@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli.options import FLAGS, invoke
 from pipeline.config import known_keys, load_config, parse_yaml
 from pipeline.errors import ConfigError
 
@@ -38,6 +39,30 @@ def test_profiles_list_every_key_in_the_same_order():
         ("train.betas", [float("nan")], "train.betas.0: Input should be a finite number"),
         ("train.lr", float("nan"), "train.lr: Input should be a finite number"),
         ("train.lr", 0, "train.lr: Input should be greater than 0"),
+        ("train.architectures", [], "train.architectures: Tuple should have at least 1 item"),
+        ("train.architectures", ["topk", "topk"], "train.architectures: expected different values"),
+        ("train.architectures", ["top-k"], "train.architectures.0: Input should be 'topk', 'batch"),
+        ("train.n_experts", 0, "train.n_experts: Input should be greater than 0"),
+        ("train.jumprelu_bandwidth", 0, "train.jumprelu_bandwidth: Input should be greater than 0"),
+        ("train.aux_weight", -0.1, "train.aux_weight: Input should be greater than or equal to 0"),
+        ("train.aux_weight", float("inf"), "train.aux_weight: Input should be a finite number"),
+        ("train.aux_k", 0, "train.aux_k: Input should be greater than 0"),
+        ("train.k_start", 31, "train.k_start: expected 32 (the largest of ks) to d_sae = 2048"),
+        ("train.k_start", 2049, "train.k_start: expected 32 (the largest of ks) to d_sae = 2048"),
+        ("train.k_anneal_fraction", 1.1, "train.k_anneal_fraction: Input should be less than or"),
+        ("train.b_dec_start", "median", "train.b_dec_start: Input should be 'mean', 'geometric"),
+        ("train.input_scaling", True, "train.input_scaling: Input should be 'none' or 'mean_norm'"),
+        ("train.precision", "float16", "train.precision: Input should be 'float32', 'bfloat16' or"),
+        ("train.epochs", 0, "train.epochs: Input should be greater than 0"),
+        ("train.tokens", 0, "train.tokens: Input should be greater than 0"),
+        ("train.steps", -5, "train.steps: Input should be greater than 0"),
+        ("train.lr_decay", "sine", "train.lr_decay: Input should be 'linear' or 'cosine'"),
+        ("train.lr_end_fraction", 2, "train.lr_end_fraction: Input should be less than or equal"),
+        ("train.max_grad_norm", 0, "train.max_grad_norm: Input should be greater than 0"),
+        ("train.average_decay", 1.0, "train.average_decay: Input should be less than 1"),
+        ("train.checkpoint_every", 0, "train.checkpoint_every: Input should be greater than 0"),
+        ("train.loggers", ["mlflow"], "train.loggers.0: Input should be 'wandb' or 'tensorboard'"),
+        ("train.loggers", ["wandb", "wandb"], "train.loggers: expected different values"),
         ("train.lr_warmup_fraction", 0.9, "train.lr_warmup_fraction + lr_decay_fraction"),
         ("train.decoder_norm", "Unit", "train.decoder_norm: Input should be 'unit' or 'free'"),
         ("cache.acts_dtype", "fp15", "cache.acts_dtype: Input should be 'float32', 'float16'"),
@@ -53,6 +78,37 @@ def test_wrong_values_name_key_and_file(key, value, message):
     assert message in str(error.value)
     assert str(DEMO) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_tokens_and_steps_exclude_each_other():
+    with pytest.raises(ConfigError, match=r"train\.steps: expected null where tokens is set"):
+        load_config(DEMO, {"train.tokens": 4096, "train.steps": 2})
+
+
+@pytest.mark.parametrize(
+    ("flags", "tokens", "steps"),
+    [
+        ({"steps": 7}, None, 7),
+        ({"train-tokens": 9000}, 9000, None),
+        ({"epochs": 2}, None, None),
+        ({"lr": 0.1}, 4096, None),  # what the profile says
+    ],
+)
+def test_a_flag_for_the_length_takes_the_place_of_the_profile_s(
+    tmp_path, monkeypatch, flags, tokens, steps
+):
+    (tmp_path / "configs").mkdir()
+    text = DEMO.read_text().replace("  tokens: null\n  steps", "  tokens: 4096\n  steps")
+    (tmp_path / "configs" / "demo.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    train = invoke("demo", {FLAGS[name]: value for name, value in flags.items()}, ()).config.train
+    assert (train.tokens, train.steps) == (tokens, steps)
+
+
+def test_flags_for_both_lengths_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="expected null where tokens is set"):
+        invoke("demo", {FLAGS["steps"]: 7, FLAGS["train-tokens"]: 9000}, ())
 
 
 def test_an_unknown_key_is_answered_with_the_nearest():

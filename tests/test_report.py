@@ -11,7 +11,7 @@ from playwright.sync_api import sync_playwright
 
 from pipeline.errors import PipelineError
 from pipeline.report import build_report, write_report
-from pipeline.report.charts import chart_betas
+from pipeline.report.charts import chart_betas, chart_training
 from pipeline.report.facts import describe_statistics, describe_store
 from pipeline.report.figures import (
     average_windows,
@@ -119,6 +119,48 @@ def test_missing_values_are_dashes():
     assert len(re.findall(r"<td[^>]*>–</td>", page)) == whole + 3
     assert "nan" not in page.lower().replace("finan", "")
     Outline(page)
+
+
+def test_every_architecture_and_the_baseline_have_their_place():
+    """By k, then in the order of the configuration; what selects nothing has no beta."""
+    inputs = report_data.make_inputs()
+    saes, histories = inputs["metrics"]["saes"], inputs["histories"]
+    for name, architecture in (("end_to_end-k32-beta0", "end_to_end"), ("relu-k32-beta0", "relu")):
+        saes[name] = saes["k32-beta0"] | {"architecture": architecture}
+        histories[name] = histories["k32-beta0"]
+    saes["relu-k32-beta0"] |= {"selection_overlap": None, "gradient_weight": None}
+    figures = saes["k32-beta0"]["with_gradient"]
+    inputs["metrics"]["baselines"] = {"pca-k32": figures | {"kind": "pca", "k": 32, "nmse": 0.4321}}
+    page = build_report(**inputs)
+    Outline(page)
+    rows = re.findall(r'<span class="name">([^<]*)</span></th><td>32</td><td>([^<]*)</td>', page)
+    assert rows[:5] == [
+        ("k32-beta0", "0"),
+        ("k32-beta1e5", "1e5"),
+        ("relu-k32-beta0", "–"),
+        ("end_to_end-k32-beta0", "0"),
+        ("pca-k32", "–"),
+    ]
+    assert "0.4321" in page
+    assert "A linear code of equal k" not in build_report(**report_data.make_inputs())
+
+
+def test_end_to_end_has_a_loss_chart_of_its_own():
+    saes = report_data.make_metrics()["saes"]
+    saes["e2e"] = saes["k32-beta0"] | {"architecture": "end_to_end"}
+    histories = {name: report_data.make_history(32, 0.0) for name in saes}
+    charts = {
+        chart.title: chart.svg
+        for chart in chart_training(saes, histories, dict.fromkeys(saes, "c0"))
+    }
+    assert [
+        ("<title>e2e<" in charts[t], "<title>k32-beta0<" in charts[t])
+        for t in ("Loss", "Divergence", "NMSE")
+    ] == [(False, True), (True, False), (True, True)]
+    del saes["e2e"]
+    assert "Divergence" not in {
+        chart.title for chart in chart_training(saes, histories, dict.fromkeys(saes, "c0"))
+    }
 
 
 def test_page_without_store_corpus_and_versions():

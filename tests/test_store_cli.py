@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.store.damage import DAMAGES, swap
+from tests.store.test_pickles import Bomb
 from tests.tiny import read_tree, run_cli
 
 STORE = "stores/tiny"
@@ -198,6 +200,44 @@ def test_20_zarr_json_is_listed_and_written_again(path, ask):
     assert read_tree(path) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "codes"),
+    [
+        ("manifest.json", {"info": 1, "verify": 1, "train": 1}),
+        ("zarr.json", {"info": 0, "verify": 1, "train": 1}),
+        (ACTS, {"info": 0, "verify": 1, "train": 1}),
+        ("provenance.json", {"info": 0, "verify": 0}),
+    ],
+)
+def test_8_a_pickle_in_a_store_is_never_loaded(path, tmp_path, capsys, name, codes):
+    (path / name).unlink()
+    (path / name).write_bytes(pickle.dumps(Bomb(tmp_path / "trace")))
+    for command, code in codes.items():
+        words = ("train",) if command == "train" else ("store", command, path)
+        capsys.readouterr()
+        assert run_cli(*words) == code, command
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        if command == "train" or name == "manifest.json":
+            assert len(err.splitlines()) == 1
+        if code:
+            assert f"pipeline store repair {path}`" in out + err
+    assert not (tmp_path / "trace").exists()
+    assert not Path("runs").exists()
+
+
+def test_8_a_pickle_as_a_commit_record_is_computed_anew(path, tmp_path, capsys):
+    before = read_tree(path)
+    (record,) = Path("stores/.work").glob("*/commits/00002.json")
+    record.write_bytes(pickle.dumps(Bomb(tmp_path / "trace")))
+    shutil.rmtree(path)
+    capsys.readouterr()
+    assert run_cli("cache") == 0
+    assert "computed 1 of 9 shards" in capsys.readouterr().out
+    assert read_tree(path) == before
+    assert not (tmp_path / "trace").exists()
+
+
 def test_repair_from_a_copy(path, ask, tmp_path):
     before = read_tree(path)
     copy = shutil.copytree(path, tmp_path / "copy")
@@ -327,9 +367,19 @@ def test_an_error_is_one_line_and_one_object(cached, monkeypatch, ask, capsys, a
 
 def test_a_store_is_not_made_inside_another(path, capsys):
     before = read_tree(path)
-    assert run_cli("cache", "--out", path / "mine") == 1
-    assert f"in the store at {path.absolute()}" in capsys.readouterr().err
-    assert read_tree(path) == before
+    for command in (("cache",), ("store", "pull", path)):
+        assert run_cli(*command, "--out", path / "mine") == 1
+        assert f"in the store at {path.absolute()}" in capsys.readouterr().err
+        assert read_tree(path) == before
+
+
+def test_the_report_takes_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_cli("report", "--store", "s3://user:secret@bucket/store") == 2
+    err = capsys.readouterr().err
+    assert "expected a folder, got a URL. Copy the store with `pipeline store pull`" in err
+    assert "secret" not in err
+    assert len(err.splitlines()) == 1
 
 
 def test_an_unfinished_pull_is_to_be_gone_on_with(tmp_path, ask):

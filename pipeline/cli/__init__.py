@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from pipeline.cli import stages
+from pipeline.cli import export, stages
 from pipeline.cli.store import store
 from pipeline.errors import ConfigError, PipelineError
 from store.errors import StoreError
@@ -44,7 +44,10 @@ def cli() -> None:
     """Cache a model's activations and gradients once; train gradient SAEs from them."""
 
 
-for command in (stages.corpus, stages.cache, stages.train, stages.evaluate, stages.report, store):
+for command in (
+    *(stages.corpus, stages.cache, stages.train, stages.evaluate, stages.report),
+    *(export.export, export.import_, store),
+):
     cli.add_command(command)
 
 

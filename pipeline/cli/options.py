@@ -4,12 +4,12 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import click
 
 import pipeline
-from pipeline.config import Config, load_config, parse_yaml, read_yaml
+from pipeline.config import Architecture, Config, load_config, parse_yaml, read_yaml
 from pipeline.errors import ConfigError
 from pipeline.paths import DefaultPaths, plan_paths
 
@@ -21,6 +21,7 @@ class Flag(NamedTuple):
     type: Any  # bool: an option without a value
     help: str
     repeats: bool = False
+    clears: tuple[str, ...] = ()  # keys that it sets to null, where they are not given too
 
 
 FLAGS = {
@@ -37,6 +38,12 @@ FLAGS = {
         "Number format of the store.",
     ),
     "cache-seed": Flag(("cache.seed",), int, "Seed of the row order inside each shard."),
+    "architecture": Flag(
+        ("train.architectures",),
+        click.Choice([*get_args(Architecture)]),
+        "What kind of SAE; repeat for a grid.",
+        repeats=True,
+    ),
     "train-hook": Flag(("train.hook",), str, "Which of the store's hooks to train on."),
     "beta": Flag(
         ("train.betas",),
@@ -45,7 +52,29 @@ FLAGS = {
         repeats=True,
     ),
     "k": Flag(("train.ks",), int, "Latents kept per token; repeat for a grid.", repeats=True),
-    "train-tokens": Flag(("train.tokens",), int, "Tokens to train on."),
+    "train-tokens": Flag(
+        ("train.tokens",), int, "Stop after this many tokens.", clears=("train.steps",)
+    ),
+    "steps": Flag(("train.steps",), int, "Stop after this many steps.", clears=("train.tokens",)),
+    "epochs": Flag(
+        ("train.epochs",),
+        int,
+        "Passes over the store.",
+        clears=("train.tokens", "train.steps"),
+    ),
+    "lr": Flag(("train.lr",), float, "Adam's learning rate."),
+    "batch-size": Flag(("train.batch_size",), int, "Tokens of a step."),
+    "precision": Flag(
+        ("train.precision",),
+        click.Choice(["float32", "bfloat16", "auto"]),
+        "Numbers of the encoder's products; weights stay float32.",
+    ),
+    "logger": Flag(
+        ("train.loggers",),
+        click.Choice(["wandb", "tensorboard"]),
+        "Log there too, beside DVCLive and Parquet; repeat for both.",
+        repeats=True,
+    ),
     "train-seed": Flag(("train.seeds",), int, "Seed of the SAE; repeat for several.", repeats=True),
     "allow-partial": Flag(
         ("train.allow_partial",),
@@ -56,6 +85,11 @@ FLAGS = {
     "store-layer": Flag(("cache.layers",), int, "Layer(s) that the store holds.", repeats=True),
     "store-hook": Flag(("cache.hook",), str, "Hook that the store holds."),
     "workers": Flag(("run.workers",), int, "Dask workers on this machine; 0 runs in this process."),
+    "train-workers": Flag(
+        ("run.workers",),
+        int,
+        "Dask workers on this machine, each for a share of the grid; 0: none.",
+    ),
     "scheduler": Flag(("run.scheduler",), str, "Address of a running dask scheduler (tcp://...)."),
     "device": Flag(("run.device",), str, "auto, cpu, cuda or cuda:N."),
 }
@@ -122,6 +156,9 @@ def invoke(profile: str | None, flags: Mapping[Flag, Any], settings: tuple[str, 
         if key.strip() in overrides:
             raise ConfigError(f"--set {setting}: expected {key.strip()} once, got it twice.")
         overrides[key.strip()] = parse_yaml(value, where=f"--set {key}")
+    for flag, value in flags.items():
+        for key in flag.clears if value is not None else ():
+            overrides.setdefault(key, None)
     profile = selected_profile(Path("params.yaml")) if profile is None else profile
     path = find_profile(profile)
     config = load_config(path, overrides)

@@ -23,8 +23,8 @@ def byte_progress(label: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
 def token_progress(
     label: str, total: int | float | None, unit: str = "tokens"
 ) -> Iterator[Callable[..., None]]:
-    """Yield `advance(n_tokens, note="")`; shows the tokens done, tokens/s, the time left and the
-    note.
+    """Yield `advance(n_tokens, note="", skipped=False)`; shows the tokens done, tokens/s, the time
+    left and the note. Skipped ones are done, but do not count in tokens/s.
     """
     if not sys.stderr.isatty():
         yield _LinePrinter(label, total, unit)
@@ -41,9 +41,9 @@ def token_progress(
         task = progress.add_task(label, total=total, rate="", note="")
         started, done = time.monotonic(), 0
 
-        def advance(n_tokens: int | float, note: str = "") -> None:
+        def advance(n_tokens: int | float, note: str = "", *, skipped: bool = False) -> None:
             nonlocal done
-            done += n_tokens
+            done += 0 if skipped else n_tokens
             rate = f"{done / (time.monotonic() - started):,.0f} {unit}/s"
             progress.update(task, advance=n_tokens, rate=rate, note=note)
 
@@ -54,14 +54,18 @@ class _LinePrinter:
     def __init__(self, label: str, total: int | float | None, unit: str) -> None:
         self._label, self._total, self._unit = label, total, unit
         self._done, self._started, self._printed = 0.0, time.monotonic(), -LINE_EVERY_S
+        self._skipped = 0.0
 
-    def __call__(self, n_tokens: int | float, note: str = "") -> None:
+    def __call__(self, n_tokens: int | float, note: str = "", *, skipped: bool = False) -> None:
         self._done += n_tokens
+        if skipped:
+            self._skipped += n_tokens
+            return
         now = time.monotonic()
         if self._done != self._total and now - self._printed < LINE_EVERY_S:
             return
         self._printed = now
-        rate = self._done / max(now - self._started, 1e-9)
+        rate = (self._done - self._skipped) / max(now - self._started, 1e-9)
         of_total = ""
         if self._total:
             left = max(self._total - self._done, 0) / rate if rate else 0.0

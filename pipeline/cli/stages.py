@@ -2,8 +2,9 @@
 help is quick.
 """
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,10 +15,27 @@ from pipeline.errors import PipelineError
 if TYPE_CHECKING:
     from pipeline.cache_plan import CachePlan
     from pipeline.corpus import Corpus
-    from pipeline.train import StepReport
+    from pipeline.runs import Run
     from store.files import StoreFiles
 
 FOLDER = click.Path(path_type=Path)
+
+
+class LocalStore(click.Path):
+    """A store's folder; a URL, which may hold a secret, is not repeated."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        from store.errors import is_url
+
+        if is_url(str(value)):
+            self.fail(
+                "expected a folder, got a URL. Copy the store with `pipeline store pull` and name "
+                "the copy, or leave this out.",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
 
 # Of evaluate and report: the flags by which they find what `train` with the same flags wrote.
 SAME_RUN = {
@@ -40,7 +58,7 @@ store_url_option = click.option(
 store_option = click.option(
     "--store",
     "store_path",
-    type=FOLDER,
+    type=LocalStore(path_type=Path),
     help="The store they were trained from.  [default: stores/<profile>]",
 )
 
@@ -119,41 +137,85 @@ def cache(
 
 @click.command()
 @takes(
+    architecture="architecture",
     beta="beta",
     k="k",
+    seed="train-seed",
     layer="store-layer",
     hook="train-hook",
-    tokens="train-tokens",
-    seed="train-seed",
-    device="device",
     allow_partial="allow-partial",
+    tokens="train-tokens",
+    steps="steps",
+    epochs="epochs",
+    batch_size="batch-size",
+    lr="lr",
+    precision="precision",
+    device="device",
+    logger="logger",
+    workers="train-workers",
+    scheduler="scheduler",
 )
 @store_url_option
 @click.option("--out", type=FOLDER, help="Folder of the SAEs.  [default: runs/<profile>]")
 @click.option("--overwrite", is_flag=True, help="Replace SAEs that are there.")
 def train(run: Invocation, store: str | None, out: Path | None, overwrite: bool) -> None:
-    """Train an SAE for every beta, k and seed from one pass over the store.
+    """Train an SAE for every architecture, beta, k and seed from one pass over the store.
 
-    A remote store (s3://, https://, ssh://, dvc+<git>@<rev>:<folder>) is read through a cache, from
-    the first shards that arrive.
+    Members that the run has already, of the same store and settings, are kept. Ctrl-C saves a
+    checkpoint; the same command goes on from the last one. A remote store (s3://, https://, ssh://,
+    dvc+<git>@<rev>:<folder>) is read through a cache, from the first shards that arrive.
+
+    With workers, each trains a share of the grid. With `torchrun --nproc-per-node N -m pipeline
+    train`, N processes train each SAE together.
     """
+    from pipeline.cli.training import ask_to_stop, step_progress, train_on_workers
     from pipeline.device import pick_device
+    from pipeline.distributed import open_group
     from pipeline.provenance import describe_run
     from pipeline.training import plan_training, run_training
 
     config, out = run.config.train, out or run.paths.run
+    if run.config.run.workers or run.config.run.scheduler:
+        where = store or run.paths.store
+        _tell_trained(train_on_workers(run, where, out, overwrite=overwrite), out)
+        return
     plan = plan_training(config, _find_store(run, store), run.config.cache.layers)
-    with token_progress("train", plan.n_steps * config.batch_size) as advance:
-        trained = run_training(
-            plan,
-            config,
-            out,
-            device=pick_device(run.config.run.device),
-            provenance=describe_run(run.profile, run.config),
-            overwrite=overwrite,
-            on_step=lambda report: advance(config.batch_size, note=_describe_step(report)),
-        )
+    total = None if "end_to_end" in config.architectures else plan.n_steps * config.batch_size
+    try:
+        with (
+            open_group(pick_device(run.config.run.device)) as (group, device),
+            ask_to_stop() as asked,
+            step_progress(total, shown=group.rank == 0) as show,
+        ):
+            trained = run_training(
+                plan,
+                config,
+                out,
+                device=device,
+                model=run.config.model,
+                provenance=describe_run(run.profile, run.config),
+                group=group,
+                overwrite=overwrite,
+                on_step=show,
+                tell=lambda text: click.echo(text, err=True),
+                should_stop=asked,
+            )
+    except KeyboardInterrupt as stopped:
+        if not stopped.args:
+            raise
+        click.echo(stopped.args[0], err=True)
+        sys.exit(130)
+    if group.rank == 0:
+        _tell_trained(trained, out)
+
+
+def _tell_trained(trained: "Run", out: Path) -> None:
     click.echo(f"trained {', '.join(trained.members)}; SAEs in {out}")
+    if trained.failed:
+        raise PipelineError(
+            f"{'; '.join(trained.failed.values())}. The other members are finished; for these, "
+            "lower --lr or set train.max_grad_norm."
+        )
     click.echo(f"next: pipeline evaluate --run {out}, then pipeline report --run {out}")
 
 
@@ -284,10 +346,3 @@ def _print_plan(plan: "CachePlan", scheduler: str | None) -> None:
             f"got {plan.free_bytes:,}. "
             "Make room, lower corpus.train_tokens, or choose another --out."
         )
-
-
-def _describe_step(report: "StepReport") -> str:
-    return "  ".join(
-        f"{name}: loss {m.loss:.2f} NMSE {m.nmse:.3f} L0 {m.l0:.1f} dead {m.dead_latents}"
-        for name, m in report.metrics.items()
-    )

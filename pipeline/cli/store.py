@@ -150,7 +150,7 @@ def repair(where: str, source: str | None, as_json: bool) -> None:
 @json_option
 def diff(first: str, second: str, as_json: bool) -> None:
     """Compare what two stores are, field by field; exit with 1 if they differ."""
-    from store.manifest import list_differences
+    from store.identity import list_differences
     from store.reader import open_files, read_manifest
 
     manifests = [read_manifest(open_files(where)) for where in (first, second)]

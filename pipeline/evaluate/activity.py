@@ -1,10 +1,18 @@
 """Which latents fire, and how often."""
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from pipeline.sae import Latents
+
 DEAD_WINDOW_ROWS = 5 * 4096  # the paper: no activation in 5 consecutive batches (of 4096 tokens)
+
+
+def list_fired(latents: Latents) -> tuple[Int[Tensor, " fired"], Int[Tensor, " fired"]]:
+    """Row and latent of every value above zero, row by row: what fires, however it is padded."""
+    rows, slots = (latents.values > 0).nonzero(as_tuple=True)
+    return rows, latents.indices[rows, slots]
 
 
 class Activity:
@@ -21,12 +29,14 @@ class Activity:
         self._last_row = torch.full((d_sae,), -1)  # row after which each latent last fired
         self._dead_fractions: list[float] = []
 
-    def add(self, indices: Int[Tensor, "batch k"], fired: Bool[Tensor, "batch k"]) -> None:
-        """Count one batch: latent `indices[b, j]` fired on row b where `fired[b, j]`."""
-        rows = self.n_rows + torch.arange(1, len(indices) + 1)[:, None].expand_as(indices)
-        self.firings += torch.bincount(indices[fired], minlength=len(self.firings))
-        self._last_row.scatter_reduce_(0, indices[fired], rows[fired], reduce="amax")
-        self.n_rows += len(indices)
+    def add(
+        self, rows: Int[Tensor, " fired"], latents: Int[Tensor, " fired"], *, n_rows: int
+    ) -> None:
+        """Count one batch of n_rows: `latents[i]` fired on its row `rows[i]`, counted from 0."""
+        rows, latents = rows.cpu(), latents.cpu()
+        self.firings += torch.bincount(latents, minlength=len(self.firings))
+        self._last_row.scatter_reduce_(0, latents, self.n_rows + rows + 1, reduce="amax")
+        self.n_rows += n_rows
         if self.n_rows >= DEAD_WINDOW_ROWS:
             dead = self._last_row <= self.n_rows - DEAD_WINDOW_ROWS
             self._dead_fractions.append(dead.float().mean().item())

@@ -1,5 +1,5 @@
 """One pass over held-out text: every SAE patched into the model, with and without the gradient at
-inference.
+inference, and what they are compared with.
 
 The g-SAE's selection uses the gradient of the very loss that is then measured, so it sees the
 label. Every figure is therefore taken twice: with the gradient (the paper's protocol) and without
@@ -7,56 +7,67 @@ it (beta = 0 at inference, what an exported SAE does). Positions that training l
 unpatched; beside it stands the loss with all positions patched.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.capture import capture, patched_loss
+from pipeline.capture import patched_loss
 from pipeline.corpus.reader import Corpus
-from pipeline.errors import CorpusError
-from pipeline.evaluate.activity import Activity
+from pipeline.evaluate.activity import Activity, list_fired
 from pipeline.evaluate.faithfulness import ce_recovered, loss_added, nmse_per_row
+from pipeline.evaluate.held_out import HeldOut, read_held_out
+from pipeline.evaluate.scales import NOTHING_SELECTED, ROWS_AT_ONCE, ScaleTotals
 from pipeline.model import LanguageModel
 from pipeline.sae import SparseAutoencoder
-from pipeline.sae.selection import measure_gradient_weight, measure_overlap
 
 MODES = ("with_gradient", "without_gradient")
 
-
-class HeldOut(NamedTuple):
-    """One batch of held-out blocks with all that the model says about it."""
-
-    tokens: Tensor  # [batch, context + 1]
-    lengths: Tensor  # [batch] real rows of each block
-    acts: Tensor  # [batch, context, d_model]
-    grads: Tensor  # [batch, context, d_model] of the summed loss
-    loss: Tensor  # [batch, context] nats
-    real: Tensor  # [batch, context] rows that have a target
-    patched: Tensor  # [batch, context] real rows whose position training did not leave out
+Baseline = Callable[[Float[Tensor, "rows d_model"]], Float[Tensor, "rows d_model"]]  # acts → recon
 
 
 class Totals:
-    """Sums over held-out rows for one SAE in one mode."""
+    """Sums over held-out rows of one reconstruction."""
 
-    def __init__(self, d_sae: int) -> None:
+    def __init__(self) -> None:
         self.nmse = 0.0
         self.nmse_squared = 0.0
         self.loss = 0.0
         self.loss_all_positions = 0.0
-        self.activity = Activity(d_sae)
+
+    def add(self, model: LanguageModel, batch: HeldOut, hook: str, recon: Tensor) -> None:
+        """Compare x̂ [blocks, context, d_model] with x, and patch it in."""
+        ratios = nmse_per_row(batch.acts[batch.patched], recon[batch.patched]).double()
+        self.nmse += ratios.sum().item()
+        self.nmse_squared += ratios.square().sum().item()
+        self.loss += _patched_sum(model, batch, hook, recon)
+        self.loss_all_positions += _patched_sum(model, batch, hook, recon, all_positions=True)
 
 
-class BetaScale(NamedTuple):
-    """What beta does at one loss_tokens, averaged over rows."""
+class SaeTotals:
+    """Sums over held-out rows of one SAE, by mode; where beta is 0 the two modes are one."""
 
-    overlap: float  # fraction of the selected latents that plain TopK selects too
-    gradient_weight: float  # mean beta / loss_tokens * |W_decᵀ ∇L| of selected latents
-    latent_gradient: (
-        float  # mean |W_decᵀ ∇L| / loss_tokens of selected latents; Table 2 has 2.1e-5 to 2.9e-5
-    )
+    def __init__(self, sae: SparseAutoencoder, loss_tokens: tuple[int, ...]) -> None:
+        modes = MODES if sae.beta else MODES[:1]
+        self.totals = {mode: Totals() for mode in modes}
+        self.activities = {mode: Activity(sae.d_sae) for mode in modes}
+        self.scales = ScaleTotals(sae, loss_tokens) if sae.selects else None
+
+    def add(self, model: LanguageModel, batch: HeldOut, hook: str, sae: SparseAutoencoder) -> None:
+        """Reconstruct and patch one batch in each mode."""
+        for mode, total in self.totals.items():
+            recon = reconstruct(
+                sae, batch, self.activities[mode], with_gradient=mode == "with_gradient"
+            )
+            total.add(model, batch, hook, recon)
+        if self.scales:
+            self.scales.add(sae, batch)
+
+    def in_mode(self, mode: str) -> tuple[Totals, Activity]:
+        mode = mode if mode in self.totals else MODES[0]
+        return self.totals[mode], self.activities[mode]
 
 
 @torch.no_grad()
@@ -71,16 +82,21 @@ def evaluate_saes(
     n_tokens: int | None,
     batch_blocks: int,
     loss_tokens: tuple[int, ...],
+    baselines: Mapping[str, Baseline] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Activity]]]:
     """Measure every SAE on the corpus's held-out blocks; returns metrics and activities by member
     and mode.
 
     `mean_act` [d_model] is what mean ablation patches in. Losses are means in nats over all real
-    held-out rows. Raises CorpusError if fewer than `n_tokens` are held out.
+    held-out rows, NMSE over those whose position training did not leave out. An architecture that
+    selects nothing has None for what beta does, and the same figures in both modes. `baselines` are
+    reconstructed and patched in the same way. Raises CorpusError if fewer than `n_tokens` are held
+    out.
     """
-    totals = {name: {mode: Totals(sae.d_sae) for mode in MODES} for name, sae in saes.items()}
-    scales: dict[str, list[tuple[int, dict[int, BetaScale]]]] = {name: [] for name in saes}
+    baselines = baselines or {}
+    measured = {name: SaeTotals(sae, loss_tokens) for name, sae in saes.items()}
+    compared = {name: Totals() for name in baselines}
     n_rows = n_patched = 0
     sums = {"loss": 0.0, "zero": 0.0, "mean": 0.0}
     for batch in read_held_out(
@@ -97,8 +113,10 @@ def evaluate_saes(
         sums["zero"] += _patched_sum(model, batch, hook, torch.zeros_like(batch.acts))
         sums["mean"] += _patched_sum(model, batch, hook, mean_act.expand_as(batch.acts))
         for name, sae in saes.items():
-            _add_batch(totals[name], model, batch, sae, hook)
-            scales[name].append((int(batch.patched.sum()), _measure_beta(sae, batch, loss_tokens)))
+            measured[name].add(model, batch, hook, sae)
+        for name, baseline in baselines.items():
+            recon = baseline(batch.acts.flatten(0, 1)).view_as(batch.acts)
+            compared[name].add(model, batch, hook, recon)
         if on_progress:
             on_progress(int(batch.real.sum()))
 
@@ -112,90 +130,38 @@ def evaluate_saes(
             "loss_mean_ablation": means["mean"],
         },
         "saes": {
-            name: _describe(sae)
-            | {mode: _summarise(totals[name][mode], means, n_rows, n_patched) for mode in MODES}
-            | _average_scales(scales[name], sae.loss_tokens)
+            name: _describe(sae) | _summarise_sae(measured[name], means, n_rows, n_patched)
             for name, sae in saes.items()
         },
+        "baselines": {
+            name: _summarise(total, means, n_rows, n_patched) for name, total in compared.items()
+        },
     }
-    return metrics, {
-        name: {m: t.activity for m, t in modes.items()} for name, modes in totals.items()
+    activities = {
+        name: {mode: sums.in_mode(mode)[1] for mode in MODES} for name, sums in measured.items()
     }
+    return metrics, activities
 
 
-def read_held_out(
-    model: LanguageModel,
-    corpus: Corpus,
-    hook: str,
-    *,
-    exclude_positions: tuple[int, ...],
-    n_tokens: int | None,
-    batch_blocks: int,
-) -> Iterator[HeldOut]:
-    """Held-out blocks in a fixed random order, so that `n_tokens` of them are a sample of all
-    documents.
-    """
-    lengths = corpus.lengths("held_out")
-    available = int(lengths.sum())
-    if n_tokens is not None and n_tokens > available:
-        raise CorpusError(
-            f"held-out text at {corpus.folder}: expected at least {n_tokens:,} tokens "
-            f"(evaluate.tokens), got {available:,}. Set evaluate.tokens to null, or make a larger "
-            "corpus with `pipeline corpus`."
-        )
-    order = np.random.default_rng(0).permutation(len(lengths))
-    n_blocks = len(order)
-    if n_tokens is not None:
-        n_blocks = int(np.searchsorted(np.cumsum(lengths[order]), n_tokens)) + 1
-    for i in range(0, n_blocks, batch_blocks):
-        blocks = [
-            corpus.read_blocks("held_out", int(j), 1)
-            for j in order[i : min(i + batch_blocks, n_blocks)]
-        ]
-        tokens = (
-            torch.from_numpy(np.concatenate([b.tokens for b in blocks])).long().to(model.device)
-        )
-        real_lengths = torch.from_numpy(np.concatenate([b.lengths for b in blocks])).to(
-            model.device
-        )
-        captured = capture(model, tokens, (hook,), lengths=real_lengths)
-        position = torch.arange(tokens.shape[1] - 1, device=tokens.device)
-        real = position < real_lengths[:, None]
-        kept = ~torch.isin(position, torch.tensor(exclude_positions, device=tokens.device))
-        yield HeldOut(
-            tokens,
-            real_lengths,
-            captured.acts[hook],
-            captured.grads[hook],
-            captured.loss,
-            real,
-            real & kept,
-        )
-
-
-def _add_batch(
-    totals: dict[str, Totals],
-    model: LanguageModel,
-    batch: HeldOut,
-    sae: SparseAutoencoder,
-    hook: str,
-) -> None:
-    """Reconstruct and patch one batch in both modes; at beta = 0 the second is the first."""
-    for mode in MODES if sae.beta else MODES[:1]:
-        grads = batch.grads.flatten(0, 1) if mode == "with_gradient" else None
-        latents = sae.encode(batch.acts.flatten(0, 1), grads)
-        recon = sae.decode(latents)
-        rows = batch.patched.flatten()
-        ratios = nmse_per_row(batch.acts.flatten(0, 1)[rows], recon[rows]).double()
-        total = totals[mode]
-        total.nmse += ratios.sum().item()
-        total.nmse_squared += ratios.square().sum().item()
-        total.activity.add(latents.indices[rows].cpu(), (latents.values[rows] > 0).cpu())
-        recon = recon.view_as(batch.acts)
-        total.loss += _patched_sum(model, batch, hook, recon)
-        total.loss_all_positions += _patched_sum(model, batch, hook, recon, all_positions=True)
-    if not sae.beta:
-        totals["without_gradient"] = totals["with_gradient"]
+def reconstruct(
+    sae: SparseAutoencoder, batch: HeldOut, activity: Activity, *, with_gradient: bool
+) -> Float[Tensor, "blocks context d_model"]:
+    """x̂ of all rows, a few hundred at a time; `activity` counts what fires on the patched ones."""
+    patched = batch.patched.flatten()
+    columns = (batch.acts.flatten(0, 1), batch.grads.flatten(0, 1), batch.tokens[:, :-1].flatten())
+    parts, fired_rows, fired_latents = [], [], []
+    pieces = (column.split(ROWS_AT_ONCE) for column in columns)
+    for i, (acts, grads, tokens) in enumerate(zip(*pieces, strict=True)):
+        latents = sae.encode(acts, grads if with_gradient else None, tokens)
+        parts.append(sae.decode(latents, tokens))
+        rows, indices = list_fired(latents)
+        fired_rows.append(rows + i * ROWS_AT_ONCE)
+        fired_latents.append(indices)
+    rows, latents = torch.cat(fired_rows), torch.cat(fired_latents)
+    counted = patched[rows]
+    number = patched.cumsum(0) - 1  # of each patched row among the patched ones
+    activity.add(number[rows[counted]], latents[counted], n_rows=int(patched.sum()))
+    return torch.cat(parts).view_as(batch.acts)
 
 
 def _patched_sum(
@@ -212,48 +178,34 @@ def _patched_sum(
     return loss[batch.real].sum().item()
 
 
-def _measure_beta(
-    sae: SparseAutoencoder, batch: HeldOut, loss_tokens: tuple[int, ...]
-) -> dict[int, BetaScale]:
-    acts, grads = batch.acts[batch.patched], batch.grads[batch.patched]
-    plain = sae.encode(acts).indices
-    scales = {}
-    for n in {*loss_tokens, sae.loss_tokens}:
-        indices = sae.encode(acts, grads * (sae.loss_tokens / n)).indices
-        latent_gradient = measure_gradient_weight(indices, grads, sae.W_dec, beta_per_token=1 / n)
-        scales[n] = BetaScale(
-            overlap=measure_overlap(indices, plain, d_sae=sae.d_sae),
-            gradient_weight=sae.beta * latent_gradient,
-            latent_gradient=latent_gradient,
-        )
-    return scales
-
-
-def _average_scales(
-    batches: list[tuple[int, dict[int, BetaScale]]], own: int
-) -> dict[str, float | dict[str, float]]:
-    """Row-weighted means over batches, by loss_tokens; the SAE's own overlap stands apart."""
-    n_rows = sum(n for n, _ in batches)
-
-    def mean(loss_tokens: int, field: str) -> float:
-        return sum(n * getattr(scales[loss_tokens], field) for n, scales in batches) / n_rows
-
-    every = sorted(batches[0][1])
+def _describe(sae: SparseAutoencoder) -> dict[str, Any]:
+    """What the SAE is; k is the L0 wanted where the architecture does not fix it."""
     return {
-        "selection_overlap": mean(own, "overlap"),
-        "selection_overlap_at": {str(n): mean(n, "overlap") for n in every},
-        "gradient_weight": {str(n): mean(n, "gradient_weight") for n in every},
-        "latent_gradient": {str(n): mean(n, "latent_gradient") for n in every},
+        "architecture": sae.architecture,
+        "k": sae.k,
+        "beta": sae.beta,
+        "d_sae": sae.d_sae,
+        "loss_tokens": sae.loss_tokens,
     }
 
 
-def _describe(sae: SparseAutoencoder) -> dict[str, Any]:
-    return {"k": sae.k, "beta": sae.beta, "d_sae": sae.d_sae, "loss_tokens": sae.loss_tokens}
+def _summarise_sae(
+    sums: SaeTotals, means: dict[str, float], n_rows: int, n_patched: int
+) -> dict[str, Any]:
+    modes = {}
+    for mode in MODES:
+        total, activity = sums.in_mode(mode)
+        modes[mode] = _summarise(total, means, n_rows, n_patched) | {
+            "l0": activity.l0,
+            "dead_fraction": activity.dead_fraction,
+            "dead_fraction_held_out": activity.dead_fraction_held_out,
+        }
+    return modes | (sums.scales.summarise() if sums.scales else NOTHING_SELECTED)
 
 
 def _summarise(
     total: Totals, means: dict[str, float], n_rows: int, n_patched: int
-) -> dict[str, float | None]:
+) -> dict[str, float]:
     loss = total.loss / n_rows
     return {
         "nmse": total.nmse / n_patched,
@@ -263,7 +215,4 @@ def _summarise(
         "loss_added_all_positions": loss_added(means["loss"], total.loss_all_positions / n_rows),
         "ce_recovered_zero": ce_recovered(means["loss"], loss, means["zero"]),
         "ce_recovered_mean": ce_recovered(means["loss"], loss, means["mean"]),
-        "l0": total.activity.l0,
-        "dead_fraction": total.activity.dead_fraction,
-        "dead_fraction_held_out": total.activity.dead_fraction_held_out,
     }

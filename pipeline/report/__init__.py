@@ -8,12 +8,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config import Architecture
 from pipeline.errors import PipelineError
 from pipeline.files import write_text
 from pipeline.report import facts, tables
@@ -48,14 +49,16 @@ def build_report(
     longer there. All text in them is escaped; missing and non-finite numbers are shown as a dash.
     """
     saes = _order(metrics["saes"])
-    styles = {name: series_style(i) for i, name in enumerate(saes)}
+    baselines = metrics.get("baselines") or {}
+    styles = {name: series_style(i) for i, name in enumerate([*saes, *baselines])}
     return _load_template().render(
         title=f"gsae-pipeline report: {profile}",
         summary=_summarise(metrics, config, histories),
         headline=tables.build_table(saes, tables.HEADLINE, styles),
         more=tables.build_table(saes, tables.MORE, styles),
         scales=tables.build_table(saes, tables.scale_columns(list(saes.values())), styles),
-        styles=styles,
+        baselines=tables.build_table(baselines, tables.BASELINES, styles),
+        styles={name: styles[name] for name in saes},
         training=chart_training(saes, histories, styles),
         modes=chart_modes(saes, styles),
         betas=chart_betas(saes),
@@ -120,10 +123,14 @@ def read_history(folder: Path) -> History:
 
 
 def _order(saes: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """SAEs by k, then beta, then seed."""
+    """SAEs by k, then architecture, beta and seed."""
+    architectures = get_args(Architecture)
 
     def rank(item: tuple[str, Mapping[str, Any]]) -> tuple[Any, ...]:
-        return tuple(item[1].get(key) or 0 for key in ("k", "beta", "seed"))
+        k, beta, seed = (item[1].get(key) or 0 for key in ("k", "beta", "seed"))
+        name = item[1].get("architecture", "topk")
+        place = architectures.index(name) if name in architectures else len(architectures)
+        return k, place, beta, seed
 
     return dict(sorted(saes.items(), key=rank))
 

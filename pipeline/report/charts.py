@@ -45,10 +45,14 @@ def chart_training(
     histories: Mapping[str, History],
     styles: Mapping[str, str],
 ) -> list[Chart]:
-    """Loss, NMSE, dead latents and overlap over the tokens trained on, one line per SAE."""
+    """Loss, NMSE, dead latents and overlap over the tokens trained on, one line per SAE.
+
+    What end-to-end training minimises is no squared error, and has a chart of its own.
+    """
     charts = []
     for title, unit, column, label in (
         ("Loss", "squared error, summed over d_model", "loss", _plain),
+        ("Divergence", "KL of the logits, nats per token", "divergence", _plain),
         ("NMSE", "mean ‖x − x̂‖ / ‖x‖", "nmse", _plain),
         ("Dead latents", "of all latents, over the last 20,480 tokens", "dead_fraction", _percent),
         ("Overlap with plain TopK", "of the selected latents", "overlap", _percent),
@@ -58,6 +62,7 @@ def chart_training(
             for name, sae in saes.items()
             if name in histories
         ]
+        lines = [line for line in lines if any(y is not None for _, y in line.points)]
         heights = [y for line in lines for _, y in line.points if y is not None]
         if heights:
             tokens = [x for line in lines for x, _ in line.points]
@@ -84,16 +89,18 @@ def chart_modes(saes: Mapping[str, Mapping[str, Any]], styles: Mapping[str, str]
 
 
 def chart_betas(saes: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
-    """Loss added and NMSE against beta, a line per k, seed and mode.
+    """Loss added and NMSE against beta, a line per architecture, k, seed and mode.
 
     Only for ks with at least three betas: two are told apart better by the table.
     """
-    groups: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[Any, Any, Any], list[Mapping[str, Any]]] = {}
     for sae in saes.values():
         if as_number(sae.get("beta")) is not None:
-            groups.setdefault((sae.get("k"), sae.get("seed")), []).append(sae)
+            key = (sae.get("architecture", "topk"), sae.get("k"), sae.get("seed"))
+            groups.setdefault(key, []).append(sae)
     groups = {key: group for key, group in groups.items() if len({s["beta"] for s in group}) > 2}
-    several_seeds = len({seed for _, seed in groups}) > 1
+    several = len({name for name, _, _ in groups}) > 1
+    several_seeds = len({seed for _, _, seed in groups}) > 1
     charts = []
     for title, unit, metric, label in (
         ("Loss added against β", "of the model’s own loss", "loss_added", _percent),
@@ -101,12 +108,13 @@ def chart_betas(saes: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
     ):
         lines = [
             Line(
-                f"k = {k}{f', seed {seed}' if several_seeds else ''}, {words}",
+                f"{f'{name}, ' if several else ''}k = {k}"
+                f"{f', seed {seed}' if several_seeds else ''}, {words}",
                 f"c{i % 8} {dash}",
                 [(float(sae["beta"]), _number(sae, mode, metric)) for sae in group],
                 marker,
             )
-            for i, ((k, seed), group) in enumerate(groups.items())
+            for i, ((name, k, seed), group) in enumerate(groups.items())
             for mode, words, dash, marker in (
                 ("with_gradient", "with ∇", "d0", "dot"),
                 ("without_gradient", "without ∇", "d1", "ring"),
@@ -126,6 +134,9 @@ def _read_curve(
     history: History, column: str, sae: Mapping[str, Any]
 ) -> list[tuple[float, float | None]]:
     """(tokens, value) of each logged step; dead latents as a fraction of all."""
+    if column in ("loss", "divergence"):
+        end_to_end = sae.get("architecture") == "end_to_end"
+        column = "loss" if end_to_end == (column == "divergence") else ""
     values = [as_number(value) for value in history.get(column, ())]
     if column == "dead_fraction" and not values and sae.get("d_sae"):
         counts = map(as_number, history.get("dead_latents", ()))

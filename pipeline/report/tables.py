@@ -144,6 +144,12 @@ MORE = (
     *_both("NMSE, squared", "nmse_squared", format_ratio, "low", "nmse-squared"),
     *_activity(("Without ∇",) * 3, ("L0", "dead, paper", "dead, held-out"), "without_gradient"),
 )
+BASELINES = (
+    Column("", "NMSE", ("nmse",), format_ratio, None, "nmse"),
+    Column("", "loss added", ("loss_added",), format_percent, None, "loss-added"),
+    Column("CE recovered", "zero", ("ce_recovered_zero",), format_percent, None, "ce-recovered"),
+    Column("CE recovered", "mean", ("ce_recovered_mean",), format_percent, None, "ce-recovered"),
+)
 MODEL = (  # key in metrics["model"], label, unit, format
     ("loss", "Model’s own loss", "nats per token", format_ratio),
     ("loss_mean_ablation", "Mean ablation", "nats per token", format_ratio),
@@ -178,7 +184,7 @@ def build_table(
             name=name,
             style=styles[name],
             k=show(sae.get("k"), format_count),
-            beta=show(sae.get("beta"), format_number),
+            beta=show(_beta(sae), format_number),
             starts_k=i > 0 and ks[i] != ks[i - 1],
             cells=tuple(
                 Cell(show(_read(sae, column.keys), column.format), name in best)
@@ -190,6 +196,11 @@ def build_table(
     groups = groupby(column.group for column in columns)
     widths = tuple((group, len(list(members))) for group, members in groups)
     return Table(widths, tuple(columns), rows)
+
+
+def _beta(sae: Mapping[str, Any]) -> Any:
+    """None where the architecture selects nothing, so that there is no overlap."""
+    return None if sae.get("selection_overlap", 1) is None else sae.get("beta")
 
 
 def _find_best(column: Column, saes: Mapping[str, Mapping[str, Any]]) -> set[str]:

@@ -68,7 +68,8 @@ class SparseAutoencoder(nn.Module):
         self.beta, self.loss_tokens = beta, loss_tokens
         self.group: Group = ALONE  # of the processes that train it together
         self.product_dtype: torch.dtype | None = None  # of the encoder's products; None: as weights
-        self.W_enc = nn.Parameter(torch.zeros(d_model, d_sae))
+        # Laid out by latents, as W_dec is: its sparse gradient is a sum of such rows.
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_model).T)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_model))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
@@ -78,6 +79,18 @@ class SparseAutoencoder(nn.Module):
     def beta_per_token(self) -> float:
         """beta / loss_tokens, what the gradient of the summed loss is weighed with."""
         return self.beta / self.loss_tokens
+
+    @property
+    def encoder_bias(self) -> Float[Tensor, " d_sae"]:
+        """What decides with W_enc whether a latent fires; AuxK revives dead ones through it."""
+        return self.b_enc
+
+    def reset_extra(self) -> None:
+        """Called by `init_weights` once the common parameters are set; starts all others."""
+
+    def fit_first_batch(self, acts: Float[Tensor, "batch d_model"]) -> None:
+        """Called by `init_weights` last, with its batch; starts what depends on activations."""
+        del acts
 
     def encode(
         self,

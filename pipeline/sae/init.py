@@ -32,13 +32,15 @@ def init_weights(
     rows = torch.randn(sae.d_sae, sae.d_model, generator=torch.Generator().manual_seed(seed))
     sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
     sae.W_enc.copy_(sae.W_dec.T)
-    sae.b_enc.zero_()
+    sae.encoder_bias.zero_()
     sae.input_scale.fill_(math.sqrt(sae.d_model) / acts.norm(dim=1).mean() if scale_input else 1.0)
     if b_dec == "zero":
         sae.b_dec.zero_()
     else:
         centre = acts.mean(dim=0) if b_dec == "mean" else find_geometric_median(acts)
         sae.b_dec.copy_(centre * sae.input_scale)
+    sae.reset_extra()
+    sae.fit_first_batch(acts)
 
 
 def find_geometric_median(
@@ -46,14 +48,19 @@ def find_geometric_median(
 ) -> Float[Tensor, " d_model"]:
     """The point with the smallest summed distance to all points, by Weiszfeld's iteration.
 
-    It ends when a step is shorter than `tolerance` times the mean distance.
+        m <- Σ w_i x_i / Σ w_i,   w_i = 1 / sqrt(||x_i - m||^2 + ε^2)
+
+    from the mean, until a step is shorter than ε, `tolerance` times the mean distance to the mean.
+    The ε under the root lets m leave a point that it meets, where Weiszfeld's 1 / ||x_i - m|| is
+    infinite.
     """
     median = points.mean(dim=0)
+    shortest = tolerance * (points - median).norm(dim=1).mean()
     for _ in range(n_iterations):
-        distances = (points - median).norm(dim=1).clamp_min(torch.finfo(points.dtype).tiny)
-        weights = 1 / distances
+        distances = torch.hypot((points - median).norm(dim=1), shortest)
+        weights = (1 / distances).nan_to_num(posinf=1.0)  # where all points are one
         moved = (points * weights[:, None]).sum(dim=0) / weights.sum()
-        short = (moved - median).norm() <= tolerance * distances.mean()
+        short = (moved - median).norm() <= shortest
         median = moved
         if short:
             break

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.errors import TrainError
 from pipeline.sae.base import SparseAutoencoder, TrainingPass
 from pipeline.sae.losses import auxk_loss, reconstruction_loss
-from pipeline.sae.selection import measure_gradient_weight, measure_overlap
+from pipeline.sae.selection import count_shared, sum_gradient_weight
 
 # "Does not activate for 5 consecutive batches" of 4096 tokens (Olmo et al. 2024, section 4.1),
 # counted in tokens so that the batch size does not change what is dead.
@@ -60,7 +60,7 @@ def start_learning(
 ) -> Learner:
     """A fresh Adam for an SAE whose weights are initialised."""
     idle_tokens = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_dec.device)
-    optimizer = torch.optim.Adam(sae.parameters(), betas=betas, fused=True)
+    optimizer = torch.optim.Adam(map(_as_it_lies, sae.parameters()), betas=betas, fused=True)
     averages = [p.detach().clone() for p in sae.parameters()] if average else None
     return Learner(sae, optimizer, idle_tokens, averages)
 
@@ -107,7 +107,7 @@ def take_step(
     if not math.isfinite(metrics.loss + metrics.penalty):
         raise LossNotFinite(f"expected a finite loss, got {metrics.loss} + {metrics.penalty}")
 
-    optimizer.zero_grad()
+    sae.zero_grad()
     ((loss + penalty) * (len(acts) / n_rows)).backward()
     for parameter in sae.parameters():
         if parameter.grad is None:  # every process has to send the same tensors
@@ -117,9 +117,7 @@ def take_step(
         _remove_parallel_gradient(sae.W_dec)
     if max_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(sae.parameters(), max_grad_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    _step_optimizer(sae, optimizer, lr=lr)
     if decoder_norm == "unit":
         _normalise_rows(sae.W_dec)
     sae.after_step(metrics.l0)
@@ -153,15 +151,15 @@ def _measure(
     ratio = (acts - recon).norm(dim=1) / acts.norm(dim=1).clamp_min(tiny)
     means = [loss, penalty, ratio.mean(), ratio.square().mean(), active.sum() / len(acts)]
     if full and sae.selects and grads is not None:
-        plain = sae.encode(acts, None, tokens)
-        overlap = measure_overlap(indices, plain.indices, d_sae=sae.d_sae)
-        weight = measure_gradient_weight(
-            indices, grads, sae.W_dec, beta_per_token=sae.beta_per_token
+        shared = count_shared(passed.latents, sae.encode(acts, None, tokens), d_sae=sae.d_sae)
+        weight = sum_gradient_weight(
+            passed.latents, grads, sae.W_dec, beta_per_token=sae.beta_per_token
         )
-        means += [torch.tensor(overlap), torch.tensor(weight)]
+        means += [shared / len(acts), weight / len(acts)]
     sums = torch.stack([mean.double() for mean in means]) * len(acts)
     found = (sae.group.sum(sums) / n_rows).tolist()
-    overlap, gradient_weight = found[5:] or (None, None)
+    # Of the latents in use, of all processes: found[4] is their number per row.
+    overlap, gradient_weight = [x / max(found[4], 1e-9) for x in found[5:]] or (None, None)
     return StepMetrics(
         loss=found[0],
         penalty=found[1],
@@ -174,11 +172,32 @@ def _measure(
     )
 
 
+def _as_it_lies(tensor: Tensor) -> Tensor:
+    """The same memory, contiguous: W_enc is laid out as its transpose."""
+    return tensor.detach() if tensor.is_contiguous() else tensor.detach().T
+
+
+def _step_optimizer(sae: SparseAutoencoder, optimizer: torch.optim.Optimizer, *, lr: float) -> None:
+    # On a CPU, fused Adam goes through memory as it lies, whatever the strides: a parameter, its
+    # gradient and its moments, which may come from a file, are paired wrongly where these differ.
+    (group,) = optimizer.param_groups
+    group["lr"] = lr
+    for parameter, stepped in zip(sae.parameters(), group["params"], strict=True):
+        assert parameter.grad is not None
+        turned = not parameter.is_contiguous()
+        stepped.grad = (parameter.grad.T if turned else parameter.grad).contiguous()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 @torch.no_grad()
 def _remove_parallel_gradient(W_dec: Tensor) -> None:
     """Project each row's gradient onto the tangent of the unit sphere; rows have unit norm."""
     assert W_dec.grad is not None
-    W_dec.grad -= (W_dec.grad * W_dec).sum(dim=1, keepdim=True) * W_dec
+    # In pieces that stay in cache: 18 ms of one core for 15360 x 768, 69 ms in one piece.
+    n_rows = len(W_dec) if W_dec.is_cuda else 128
+    for rows, grads in zip(W_dec.split(n_rows), W_dec.grad.split(n_rows), strict=True):
+        grads.addcmul_(rows, (grads * rows).sum(dim=1, keepdim=True), value=-1)
 
 
 @torch.no_grad()

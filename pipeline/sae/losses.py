@@ -20,7 +20,8 @@ def reconstruction_loss(
     It is in units of the scaled input. The gradient of the language model's loss has no part in it
     (Olmo et al. 2024, section 3).
     """
-    return ((recon - acts) * input_scale).square().sum(dim=1).mean()
+    # By its norm, which takes half as many passes over the batch as the square of each element.
+    return (recon - acts).norm(dim=1).square().mean() * input_scale.square()
 
 
 def auxk_loss(
@@ -45,7 +46,7 @@ def auxk_loss(
         return acts.new_zeros(())
     error = ((acts - recon) * sae.input_scale).detach()
     centred = (sae.scale_rows(acts) - sae.b_dec).detach()
-    pre_acts = torch.addmm(sae.b_enc[listed], centred, sae.W_enc[:, listed])
+    pre_acts = torch.addmm(sae.encoder_bias[listed], centred, sae.W_enc[:, listed])
     values, indices = pre_acts.topk(min(aux_k, len(listed)), dim=1, sorted=False)
     revived = decode_rows(Latents(values.relu(), indices), sae.W_dec[listed])
     return (error - revived).square().sum(dim=1).mean()

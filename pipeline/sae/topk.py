@@ -42,4 +42,5 @@ class TopKSAE(SparseAutoencoder):
             self.b_dec,
             k=self.k,
             beta_per_token=self.beta_per_token,
+            product_dtype=self.product_dtype,
         )

@@ -79,7 +79,7 @@ BROKEN_CONFIGS = [
     ({"k": None}, "k: Field required"),
     ({"k": 21}, "config.json: k at TopKSAE: expected 1 to d_sae = 20"),
     ({"k": "four"}, "k: Input should be a valid integer"),
-    ({"architecture": "gated"}, "architecture: expected one of topk"),
+    ({"architecture": "sparse"}, "architecture: expected one of topk"),
     ({"beta": -1.0}, "beta: Input should be greater"),
     ({"d_sae": 21}, r"W_dec at .*expected \[21, 6\] by config.json, got \[20, 6\]"),
     ({"d_sae": 10**15}, "W_dec at"),  # nothing of that size is allocated

@@ -4,7 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
-from pipeline.sae.selection import measure_gradient_weight, measure_overlap, select
+from pipeline.sae.selection import (
+    Latents,
+    count_shared,
+    find_largest,
+    select,
+    sum_gradient_weight,
+)
 
 EYE = torch.eye(3)
 
@@ -77,6 +83,41 @@ def test_beta_zero_is_plain_topk_bit_for_bit(seed: int) -> None:
     assert torch.equal(weighted.values.sort(dim=1, descending=True).values, largest)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("d_sae", "k", "shift"),
+    [
+        (1280, 5, 0.0),  # 80 groups of 16, two stages
+        (1280, 20, 0.0),  # as many groups as two stages need
+        (1280, 21, 0.0),  # one less
+        (1285, 5, 0.0),  # no whole groups
+        (1280, 5, -10.0),  # no score above zero
+        (1280, 5, -2.6),  # fewer than k above zero in some rows
+    ],
+)
+def test_two_stages_find_what_a_sort_finds(
+    dtype: torch.dtype, d_sae: int, k: int, shift: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = (torch.randn(40, d_sae, generator=generator) + shift).to(dtype)
+    scores[3] = 0.5  # all equal
+
+    indices = find_largest(scores, k=k)
+
+    assert all(len(set(row)) == k for row in indices.tolist())
+    found = scores.gather(1, indices).sort(dim=1, descending=True).values
+    assert torch.equal(found, scores.sort(dim=1, descending=True).values[:, :k])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_are_kept_and_so_seen(bad: float) -> None:
+    scores = torch.randn(8, 1280, generator=torch.Generator().manual_seed(0))
+    scores[5] = bad
+    kept = scores.gather(1, find_largest(scores, k=5))
+    assert not kept[5].isfinite().any()
+    assert kept[:5].isfinite().all()
+
+
 def test_select_refuses_k_above_d_sae() -> None:
     with pytest.raises(ConfigError, match="at most d_sae = 3, got 4"):
         select(torch.ones(1, 3), None, EYE, k=4, beta_per_token=0.0)
@@ -86,16 +127,29 @@ def test_overlap_is_counted_within_rows() -> None:
     selected = torch.tensor([[0, 1, 2], [3, 4, 5]])
     plain = torch.tensor([[2, 0, 7], [0, 1, 2]])  # row 1 shares nothing, though row 0 holds these
 
-    assert measure_overlap(selected, plain, d_sae=8) == pytest.approx(2 / 6)
+    ones = torch.ones(2, 3)
+    assert count_shared(Latents(ones, selected), Latents(ones, plain), d_sae=8) == 2
 
 
-def test_gradient_weight_is_the_mean_over_selected_latents() -> None:
+def test_overlap_leaves_out_what_only_fills_a_row_up() -> None:
+    selected = Latents(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[3, 0], [0, 1]]))
+    values = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    plain = Latents(values, torch.tensor([[0, 3, 1], [0, 1, 2]]))
+
+    assert count_shared(selected, plain, d_sae=4) == 2  # 3 in row 0, 1 in row 1
+
+
+def test_gradient_weight_is_summed_over_latents_in_use() -> None:
     generator = torch.Generator().manual_seed(0)
     selected = torch.randint(0, 7, (1100, 3), generator=generator)  # more than two row blocks
     grads = torch.randn(1100, 4, generator=generator)
     W_dec = torch.randn(7, 4, generator=generator)
 
-    terms = [abs(0.5 * grads[r] @ W_dec[i]).item() for r in range(1100) for i in selected[r]]
+    values = torch.randint(0, 2, (1100, 3), generator=generator).float()
 
-    weight = measure_gradient_weight(selected, grads, W_dec, beta_per_token=0.5)
-    assert weight == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+    terms = [
+        abs(0.5 * grads[r] @ W_dec[selected[r, i]]).item() for r, i in values.nonzero().tolist()
+    ]
+
+    weight = sum_gradient_weight(Latents(values, selected), grads, W_dec, beta_per_token=0.5)
+    assert weight.item() == pytest.approx(sum(terms), rel=1e-5)

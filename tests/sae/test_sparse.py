@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.sae.selection import ROW_BLOCK, Latents
-from pipeline.sae.sparse import decode_rows, encode_rows
+from pipeline.sae.selection import Latents
+from pipeline.sae.sparse import ROW_BLOCK, decode_rows, encode_rows
 
 NAMES = ("acts", "W_enc", "b_enc", "W_dec", "b_dec")
 
@@ -79,11 +79,23 @@ def test_row_blocks_do_not_change_the_result(batch: int) -> None:
     assert_same(parameters, grads, k=4, beta_per_token=0.5)
 
 
+@pytest.mark.parametrize("beta_per_token", [0.0, 0.5])
+def test_a_dictionary_that_is_searched_in_two_stages(beta_per_token: float) -> None:
+    parameters, grads = draw(300, 6, 2048)  # 256 rows fill the cache
+    assert_same(parameters, grads, k=7, beta_per_token=beta_per_token)
+
+
+def test_encoder_weights_may_lie_in_memory_either_way() -> None:
+    parameters, grads = draw(30, 6, 320)
+    turned = parameters["W_enc"].detach().T.contiguous().T.requires_grad_()
+    assert_same(parameters | {"W_enc": turned}, grads, k=3, beta_per_token=0.5)
+
+
 def test_gradients_agree_with_finite_differences() -> None:
     parameters, grads = draw(4, 3, 9)
 
     def run(*tensors: Tensor) -> Tensor:
-        named = dict(zip(NAMES, tensors, strict=True))
+        named: dict[str, Tensor] = dict(zip(NAMES, tensors, strict=True))
         return run_sparse(named, grads, k=3, beta_per_token=0.5)
 
     assert torch.autograd.gradcheck(run, tuple(parameters.values()))

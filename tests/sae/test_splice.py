@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.sae import TopKSAE, init_weights, splice
+from pipeline.errors import TrainError
+from pipeline.sae import ARCHITECTURES, TopKSAE, init_weights, splice
 from tests.checkpoints import save_gpt2
 
 HOOK = "blocks.1.hook_resid_post"
@@ -32,6 +33,25 @@ def test_splice_replaces_each_row_by_its_reconstruction(sae: TopKSAE) -> None:
 def test_splice_gives_back_the_model_s_own_dtype(sae: TopKSAE) -> None:
     acts = torch.randn(1, 5, 16).bfloat16()
     assert splice(sae)(acts, None).dtype == torch.bfloat16
+
+
+def test_an_sae_that_decodes_with_tokens_gets_each_row_s_own() -> None:
+    sae = ARCHITECTURES["tokenized"](d_model=16, d_sae=40, k=4, n_tokens=7)
+    generator = torch.Generator().manual_seed(0)
+    init_weights(sae, torch.randn(30, 16, generator=generator), seed=0, scale_input=True)
+    sae.state_dict()["lookup"].normal_(generator=generator)
+    acts = torch.randn(3, 5, 16, generator=generator)
+    tokens = torch.randint(7, (3, 5), generator=generator)
+
+    replaced = splice(sae, tokens=tokens, keep_positions=(0,))(acts, None)
+
+    for block in range(3):
+        for position in range(5):
+            act, token = acts[block, position], tokens[block, position]
+            expected = sae(act[None], None, token[None]).recon[0] if position else act
+            torch.testing.assert_close(replaced[block, position], expected)
+    with pytest.raises(TrainError, match="expected the token ids of the rows, got none"):
+        splice(sae)(acts, None)
 
 
 def test_splice_into_a_transformer_lens_run(sae: TopKSAE, tmp_path: Path) -> None:

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from store.errors import ManifestError, StoreNotFound
 from store.files import LocalFiles
+from store.identity import diff_identities, fingerprint_of
 from store.manifest import (
     StoreSpec,
     _checksum,
     build_manifest,
-    diff_identities,
     encode_manifest,
-    fingerprint_of,
     locate_scales,
     locate_shard,
 )

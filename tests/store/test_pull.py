@@ -162,6 +162,26 @@ def test_the_scratch_folder_goes_while_the_lock_is_held(folder, tmp_path, monkey
     assert held == [tmp_path / ".copy.pull"]
 
 
+def test_a_copy_is_not_made_inside_a_store(folder, tmp_path):
+    source = LocalFiles(folder / "small")
+    pull_store(source, tmp_path / "copy", plan_pull(source, layer=7))
+    before = list_files(tmp_path)
+    with pytest.raises(store.StoreMismatch, match=f"one in the store at {tmp_path}/copy. Choose"):
+        pull_store(source, tmp_path / "copy/deep/mine", plan_pull(source))
+    assert list_files(tmp_path) == before
+
+
+def test_what_a_killed_pull_left_makes_room(folder, tmp_path, monkeypatch):
+    source, out = LocalFiles(folder / "small"), tmp_path / "copy"
+    die_at("before-rename:pulled", 0, lambda: pull_store(source, out, plan_pull(source)))
+    scratch = tmp_path / ".copy.pull"
+    assert len(list(scratch.iterdir())) > 2
+    left = []
+    monkeypatch.setattr("store.pull.check_room", lambda *_: left.extend(scratch.iterdir()))
+    pull_store(source, out, plan_pull(source))
+    assert sorted(path.name for path in left) == ["lock", "source"]
+
+
 def test_no_store_to_pull(server, tmp_path):
     with pytest.raises(store.StoreNotFound, match="Correct the URL"):
         plan_pull(open_remote(f"{server.url}/none", retry=FAST))

@@ -17,7 +17,8 @@ import store
 from store.download import Retry, classify
 from store.errors import mend
 from store.files import LocalFiles, StoreFiles
-from store.manifest import FileRecord, fingerprint_of
+from store.identity import fingerprint_of
+from store.manifest import FileRecord
 from store.reader import list_files
 from store.remote import RemoteFiles, open_remote, strip_url
 from store.shard_cache import ShardCache

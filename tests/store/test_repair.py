@@ -2,17 +2,21 @@
 the bad shards alone.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
+import google_crc32c
+import numpy as np
 import pytest
 
 import store
 from store.errors import ManifestError, StoreLocked, StoreMismatch, StoreNotFound
 from store.files import LocalFiles
-from store.manifest import build_manifest, encode_manifest
+from store.manifest import ShardRecord, build_manifest, encode_manifest, locate_shard
+from store.pull import plan_pull, pull_store
 from store.repair import RepairedShard, RepairReport, repair
 from store.verify import DamagedFile, list_foreign, verify_full, verify_quick
 from tests.store.damage import DAMAGES, swap
@@ -109,29 +113,33 @@ def test_everything_is_listed_and_nothing_stops_at_the_first(lone):
     ]
 
 
-def test_a_store_that_was_never_right(lone, copy):
-    """A manifest that vouches for NaN, or whose checksums contradict its hashes."""
-    import hashlib
-
-    import google_crc32c
-    import numpy as np
-
-    file = lone / "loss/c/2"
+def vouch_for_nan(folder: Path, spec: store.StoreSpec, array: str, shard: int) -> None:
+    """Let the first number of a shard of float32 be NaN, and the manifest have its checksums."""
+    file = folder / locate_shard(array, shard)
     values = bytearray(file.read_bytes())
     values[:4] = np.float32(np.nan).tobytes()
-    spec = SPEC.shard_format(SPEC.arrays()["loss"])
-    checksum = google_crc32c.value(bytes(values[: spec.chunk_bytes]))
-    values[spec.chunk_bytes : spec.chunk_bytes + 4] = checksum.to_bytes(4, "little")
+    chunk_bytes = spec.shard_format(spec.arrays()[array]).chunk_bytes
+    checksum = google_crc32c.value(bytes(values[:chunk_bytes]))
+    values[chunk_bytes : chunk_bytes + 4] = checksum.to_bytes(4, "little")
     file.write_bytes(values)
-    fields = json.loads((lone / "manifest.json").read_text())
-    record = fields["shards"][2]["files"]["loss"]
+    fields = json.loads((folder / "manifest.json").read_text())
+    record = fields["shards"][shard]["files"][array]
     record["sha256"] = hashlib.sha256(values).hexdigest()
     record["crc32c"][0] = checksum
+    write_manifest(folder, spec, fields)
+
+
+def write_manifest(folder: Path, spec: store.StoreSpec, fields: dict) -> None:
+    shards = [ShardRecord.model_validate_json(json.dumps(shard)) for shard in fields["shards"]]
+    (folder / "manifest.json").write_bytes(encode_manifest(build_manifest(spec, shards)))
+
+
+def test_a_store_that_was_never_right(lone, copy):
+    """A manifest that vouches for NaN, or whose checksums contradict its hashes."""
+    vouch_for_nan(lone, SPEC, "loss", shard=2)
+    fields = json.loads((lone / "manifest.json").read_text())
     fields["shards"][3]["files"]["tokens"]["crc32c"][0] ^= 1
-    records = [
-        store.manifest.ShardRecord.model_validate_json(json.dumps(s)) for s in fields["shards"]
-    ]
-    (lone / "manifest.json").write_bytes(encode_manifest(build_manifest(SPEC, records)))
+    write_manifest(lone, SPEC, fields)
     damage = verify_full(LocalFiles(lone))
     assert damage == [
         DamagedFile(2, "loss/c/2", "numbers that are not finite", True),
@@ -140,6 +148,22 @@ def test_a_store_that_was_never_right(lone, copy):
     assert verify_quick(LocalFiles(lone)) == []
     # No copy of equal hash can be better, so these are computed again.
     assert repair(lone, source=copy).dropped == (2, 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_numbers_of_a_part_are_checked_too(tmp_path, dtype):
+    """Of all that is here, though each shard lacks the other hook."""
+    hooks = ("blocks.2.hook_resid_post", HOOK)
+    spec = make_spec(hooks=hooks, acts_dtype=dtype)
+    files = write_store(tmp_path / "out", spec).files
+    part = LocalFiles(tmp_path / "part")
+    pull_store(files, part.folder, plan_pull(files, hook=HOOK))
+    missing = verify_full(part)
+    assert {file.problem for file in missing} == {"missing"}
+    vouch_for_nan(part.folder, spec, f"{HOOK}/acts" + "_row_scale" * (dtype == "int8"), shard=1)
+    found = [file for file in verify_full(part) if file not in missing]
+    bad = DamagedFile(1, f"{HOOK}/acts/c/1/0", "numbers that are not finite", True)
+    assert found == [bad]
 
 
 def test_foreign_files_are_listed_and_left(out):

@@ -1,8 +1,12 @@
 """Batches: the planned order, exactly sized, filtered, prefetched, and no thread left behind."""
 
+import itertools
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +103,23 @@ def test_batches_are_the_planned_rows(
     assert len(found) == len(expected) == 2 * store.count_rows(opened, exclude) // batch_size
     for left, right in zip(found, expected, strict=True):
         assert_rows_equal(left, right)
+
+
+@pytest.mark.parametrize(
+    ("acts", "grads", "compression"),
+    [("int8", "int8", "none"), ("int8", "float32", "blosc"), ("bfloat16", "int8", "zstd")],
+)
+@pytest.mark.parametrize("exclude", [(), (0,), (1, 3, 5, 6)])
+def test_scales_of_several_shards_meet_in_a_batch(tmp_path, acts, grads, compression, exclude):
+    spec = make_spec(PADDED, acts_dtype=acts, grads_dtype=grads, compression=compression)
+    opened = write_store(tmp_path / "out", spec)
+    planned = plan(opened, batch_size=33, epochs=3, window=5, exclude_positions=exclude)
+    ranks = [store.stream_batches(opened, planned, rank=r, world_size=3) for r in range(3)]
+    found = list(zip(store.stream_batches(opened, planned), *ranks, strict=True))
+    assert max(len(set(batch.block.tolist())) for batch, *_ in found) > 8  # of three shards or more
+    for (batch, *parts), expected in zip(found, stream_slowly(opened, planned), strict=True):
+        assert_rows_equal(batch, expected)
+        assert_rows_equal(join(parts), expected)
 
 
 def test_an_epoch_has_every_row_once_and_is_exact(opened):
@@ -273,14 +294,14 @@ def test_a_first_batch_beyond_the_plan_is_refused_at_once(packed, first):
 def test_each_chunk_is_read_once(packed, monkeypatch):
     """Four slices of four rows to a chunk: no chunk twice, but where a shard wraps around."""
     reads = []
-    read_chunk = store.reader.read_chunk
+    read_chunk = store.arrays.read_chunk
 
     def spy(file, chunk, shard_format, checksums, where, *others):
         if "/acts/" in where:
             reads.append((where, chunk))
         return read_chunk(file, chunk, shard_format, checksums, where, *others)
 
-    monkeypatch.setattr(store.reader, "read_chunk", spy)
+    monkeypatch.setattr(store.arrays, "read_chunk", spy)
     monkeypatch.setattr("store.shuffle.MIN_SLICE_ROWS", 4)
     stream(packed, batch_size=12, window=3)
     n_chunks = sum(-(-shard.n_rows // 16) for shard in packed.shards)
@@ -342,12 +363,57 @@ def test_prefetch_is_bounded(packed, monkeypatch):
     batches.close()
 
 
-def test_errors_of_the_thread_reach_the_consumer(tmp_path):
+PROGRAM = """
+import atexit, sys, threading
+import store
+
+def tell():
+    print([thread.name for thread in threading.enumerate() if thread.name == "store-prefetch"])
+
+atexit.register(tell)
+opened = store.open_store(sys.argv[1])
+plan = store.plan_stream(
+    opened, hook=None, batch_size=16, epochs=999, seed=0, window=3, exclude_positions=(0,)
+)
+batches = store.stream_batches(opened, plan)
+for _ in range(9):
+    next(batches)
+"""
+
+
+def test_a_program_may_end_inside_a_stream(packed):
+    """Torch aborts the interpreter if one of its threads meets the end of it."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, packed.where],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+@pytest.mark.parametrize("name", ["tokens/c/3", f"{HOOK}/acts/c/3/0", f"{HOOK}/grads/c/3/0"])
+def test_errors_of_each_thread_come_after_the_batches_before_them(packed, tmp_path, name):
     opened = write_store(tmp_path / "out", make_spec())
-    (Path(opened.where) / "tokens/c/3").unlink()
-    with pytest.raises(store.ShardMissing):
-        stream(opened)
+    (Path(opened.where) / name).unlink()
+    good = []
+    with pytest.raises(store.ShardMissing, match=name):
+        good.extend(store.stream_batches(opened, plan(opened)))
     assert not prefetching()
+    whole = stream(packed)
+    assert 0 < len(good) < len(whole)
+    for left, right in zip(good, whole, strict=False):
+        assert_rows_equal(left, right)
+    shard = packed.shards[3]
+    needed = range(shard.first_block, shard.first_block + shard.n_blocks)
+    assert set(whole[len(good)].block.tolist()) & set(needed)
+
+
+def test_a_stream_that_failed_has_ended(tmp_path):
+    opened = write_store(tmp_path / "out", make_spec())
+    (Path(opened.where) / "loss/c/0").write_bytes(b"")
+    batches = store.stream_batches(opened, plan(opened))
+    with pytest.raises(store.ShardCorrupt):
+        list(batches)
+    assert list(batches) == []
 
 
 class Announced(store.files.LocalFiles):
@@ -397,3 +463,94 @@ def test_views_that_a_consumer_keeps_never_change(packed):
     for every_second, transposed, acts, grads in kept:
         assert np.array_equal(every_second, acts.numpy()[::2])
         assert torch.equal(transposed.t(), grads)
+
+
+class Slow(Announced):
+    """A remote, as it were, that keeps some files back for as long as a test likes."""
+
+    def __init__(self, folder, held_back):
+        super().__init__(folder)
+        self.held_back, self.waiting = held_back, threading.Semaphore(0)
+        self.come = threading.Event()
+
+    @contextmanager
+    def open(self, path, file):
+        if self.held_back(path):
+            self.waiting.release()
+            assert self.come.wait(30)
+        with super().open(path, file) as descriptor:
+            yield descriptor
+
+
+@pytest.mark.parametrize("slow", ["tokens", f"{HOOK}/acts", f"{HOOK}/grads"])
+def test_a_slow_file_holds_up_its_own_thread_alone(packed, slow):
+    files = Slow(packed.where, lambda path: path.startswith(slow))
+    opened = store.open_store(files)
+    first = []
+    batches = store.stream_batches(opened, plan(opened))
+    consumer = threading.Thread(target=lambda: first.append(next(batches)))
+    consumer.start()
+    assert files.waiting.acquire(timeout=30)
+    others = {"tokens", f"{HOOK}/acts", f"{HOOK}/grads"} - {slow}
+    for _ in range(300):
+        if others <= {path.partition("/c/")[0] for path in files.opened}:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"nothing of {others} was read, only {files.opened}")
+    assert not first
+    files.come.set()
+    consumer.join()
+    assert_rows_equal(first[0], stream(packed)[0])
+    batches.close()
+
+
+def test_a_stream_whose_remote_hangs_can_be_closed(tmp_path):
+    """At once, not after one timeout for each thread; and the threads ask for no more."""
+    spec = make_spec(np.full(84, CONTEXT, np.int32), min_shards=21)
+
+    def shard_of(path):
+        return path.partition("/c/")[2].partition("/")[0]
+
+    def is_third(path):
+        return len({shard_of(path), *map(shard_of, files.opened)}) > 2
+
+    files = Slow(write_store(tmp_path / "out", spec).where, is_third)
+    opened = store.open_store(files)
+    batches = store.stream_batches(opened, plan(opened, epochs=9))
+    next(batches)
+    next(batches)
+    for _ in range(3):
+        assert files.waiting.acquire(timeout=30)
+    threads = prefetching()
+    started = time.monotonic()
+    batches.close()
+    assert time.monotonic() - started < 2
+    asked = list(files.asked)
+    files.come.set()
+    for thread in threads:
+        thread.join()
+    assert files.asked == asked
+
+
+def test_a_stream_that_never_began_leaves_nothing(packed):
+    files = Announced(packed.where)
+    opened = store.open_store(files)
+    store.stream_batches(opened, plan(opened)).close()
+    batches = store.stream_batches(opened, plan(opened))
+    del batches
+    assert not prefetching()
+    assert not files.asked
+    assert not files.opened
+
+
+def test_two_streams_of_one_store_do_not_meet(packed):
+    plans = [plan(packed, epochs=3, seed=seed, exclude_positions=(0,)) for seed in (0, 1)]
+    streams = [store.stream_batches(packed, planned) for planned in plans]
+    slow = [stream_slowly(packed, planned) for planned in plans]
+    for left, right, *expected in itertools.islice(zip(*streams, *slow, strict=True), 20):
+        assert_rows_equal(left, expected[0])
+        assert_rows_equal(right, expected[1])
+    for batches in streams:
+        batches.close()
+    assert not prefetching()

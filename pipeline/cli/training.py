@@ -1,0 +1,102 @@
+"""Training as a terminal or a log file sees it: progress, and Ctrl-C that saves first."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.cli.options import Invocation
+from pipeline.cli.progress import token_progress
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.grid import ShareResult
+    from pipeline.runs import Run
+    from pipeline.train import StepReport
+
+
+def train_on_workers(run: Invocation, store: str | Path, out: Path, *, overwrite: bool) -> "Run":
+    """Train a share of the grid on each of dask's workers."""
+    from pipeline.cluster import open_workers
+    from pipeline.distributed import is_launched
+    from pipeline.grid import plan_grid, run_grid
+    from pipeline.provenance import describe_run
+
+    config, settings = run.config.train, run.config.run
+    if is_launched():
+        raise ConfigError(
+            "run.workers under torchrun: expected one of the two, got both. Drop --workers and "
+            "--scheduler, or torchrun."
+        )
+    plan, job = plan_grid(
+        config,
+        out,
+        source=store,
+        cache_root=settings.shard_cache,
+        cache_bytes=int(settings.shard_cache_gb * 1e9),
+        layers=run.config.cache.layers,
+        device=settings.device,
+        model=run.config.model,
+        provenance=describe_run(run.profile, run.config),
+    )
+    debug = bool(click.get_current_context().obj)
+    workers = open_workers(settings, job, part="share", debug=debug)
+    with token_progress("train", None) as advance:
+
+        def show(result: "ShareResult") -> None:
+            members = result.share.members
+            n_tokens = plan.n_steps * config.batch_size * len(members)
+            advance(n_tokens, note=f"finished {', '.join(members)}")
+
+        return run_grid(plan, job, config, out, workers, overwrite=overwrite, on_share=show)
+
+
+@contextmanager
+def step_progress(
+    total: int | None, *, shown: bool = True
+) -> Iterator[Callable[["StepReport"], None]]:
+    """Yield what shows a step; steps that an earlier process took count as done, not as fast."""
+    done = 0
+    if not shown:
+        yield lambda report: None  # noqa: ARG005
+        return
+    with token_progress("train", total) as advance:
+
+        def show(report: "StepReport") -> None:
+            nonlocal done
+            before = report.tokens - report.tokens // report.step
+            if done < before:
+                advance(before - done, skipped=True)
+            advance(report.tokens // report.step, note=describe_step(report))
+            done = report.tokens
+
+        yield show
+
+
+def describe_step(report: "StepReport") -> str:
+    """The members' figures: on the line where there is one, else a line for each."""
+    lines = [
+        f"{name}: loss {m.loss:.2f} NMSE {m.nmse:.3f} L0 {m.l0:.1f} dead {m.dead_latents}"
+        for name, m in report.metrics.items()
+    ]
+    return lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines)
+
+
+@contextmanager
+def ask_to_stop() -> Iterator[Callable[[], bool]]:
+    """Yield what says whether Ctrl-C was pressed; a second one is handled as without this."""
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,94 @@
+"""Held-out text, block by block, with all that the language model says about it."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from pipeline.capture import capture
+from pipeline.corpus.reader import Corpus
+from pipeline.errors import CorpusError
+from pipeline.model import LanguageModel
+
+
+class HeldOut(NamedTuple):
+    """One batch of held-out blocks with all that the model says about it."""
+
+    tokens: Int[Tensor, "blocks context_and_one"]  # the last is only a target
+    lengths: Int[Tensor, " blocks"]  # real rows of each block
+    acts: Float[Tensor, "blocks context d_model"]
+    grads: Float[Tensor, "blocks context d_model"]  # of the summed loss
+    loss: Float[Tensor, "blocks context"]  # nats
+    real: Bool[Tensor, "blocks context"]  # rows that have a target
+    patched: Bool[Tensor, "blocks context"]  # real rows whose position training did not leave out
+
+
+def read_held_out(
+    model: LanguageModel,
+    corpus: Corpus,
+    hook: str,
+    *,
+    exclude_positions: tuple[int, ...],
+    n_tokens: int | None,
+    batch_blocks: int,
+) -> Iterator[HeldOut]:
+    """Held-out blocks in a fixed random order, so that `n_tokens` of them are a sample of all
+    documents. Raises CorpusError if fewer are held out.
+    """
+    order = _draw_blocks(corpus, n_tokens)
+    for i in range(0, len(order), batch_blocks):
+        blocks = [
+            corpus.read_blocks("held_out", int(j), 1)
+            for j in order[i : min(i + batch_blocks, len(order))]
+        ]
+        tokens = torch.from_numpy(np.concatenate([b.tokens for b in blocks])).long()
+        lengths = torch.from_numpy(np.concatenate([b.lengths for b in blocks]))
+        yield look_at(
+            model,
+            tokens.to(model.device),
+            lengths.to(model.device),
+            hook,
+            exclude_positions=exclude_positions,
+        )
+
+
+def look_at(
+    model: LanguageModel,
+    tokens: Int[Tensor, "blocks context_and_one"],
+    lengths: Int[Tensor, " blocks"],
+    hook: str,
+    *,
+    exclude_positions: tuple[int, ...],
+) -> HeldOut:
+    """One forward and backward pass."""
+    captured = capture(model, tokens, (hook,), lengths=lengths)
+    position = torch.arange(tokens.shape[1] - 1, device=tokens.device)
+    real = position < lengths[:, None]
+    kept = ~torch.isin(position, torch.tensor(exclude_positions, device=tokens.device))
+    return HeldOut(
+        tokens,
+        lengths,
+        captured.acts[hook],
+        captured.grads[hook],
+        captured.loss,
+        real,
+        real & kept,
+    )
+
+
+def _draw_blocks(corpus: Corpus, n_tokens: int | None) -> np.ndarray:
+    lengths = corpus.lengths("held_out")
+    available = int(lengths.sum())
+    if n_tokens is not None and n_tokens > available:
+        raise CorpusError(
+            f"held-out text at {corpus.folder}: expected at least {n_tokens:,} tokens "
+            f"(evaluate.tokens), got {available:,}. Set evaluate.tokens to null, or make a larger "
+            "corpus with `pipeline corpus`."
+        )
+    order = np.random.default_rng(0).permutation(len(lengths))
+    if n_tokens is None:
+        return order
+    return order[: int(np.searchsorted(np.cumsum(lengths[order]), n_tokens)) + 1]

@@ -1,0 +1,156 @@
+"""Who is told of the logged steps as they happen: DVCLive always, wandb and TensorBoard if asked.
+
+<folder>/live/<member>/ is DVCLive's, <folder>/tensorboard/<member>/ TensorBoard's,
+<folder>/wandb/ that of wandb, which has one run with <member>/loss and so on.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from dvclive.live import Live
+
+from pipeline.errors import TrainError
+from pipeline.history import Row
+
+Log = Callable[[str, Row], None]  # a member's row
+_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}  # by logger
+
+
+@contextmanager
+def open_loggers(
+    names: Sequence[str],
+    folder: Path,
+    *,
+    run: str,
+    settings: Mapping[str, Any],
+    past: Mapping[str, Sequence[Row]],
+) -> Iterator[Log]:
+    """Yield what hands a row to DVCLive and to all loggers named; they are closed at the end.
+
+    `run` and `settings` are what wandb calls the run and shows of it. `past` rows of members, which
+    a checkpoint kept, are logged first, so that all have the log of an undisturbed run. Raises
+    TrainError, before anything is written, where a logger's package is not installed.
+    """
+    check_loggers(names)
+    openers: dict[str, Callable[[], AbstractContextManager[Log]]] = {
+        "tensorboard": lambda: log_to_tensorboard(folder / "tensorboard"),
+        "wandb": lambda: log_to_wandb(folder, run=run, settings=settings),
+    }
+    with ExitStack() as stack:
+        logs = [stack.enter_context(log_to_dvclive(folder / "live"))]
+        logs += [stack.enter_context(openers[name]()) for name in names]
+
+        def log(member: str, row: Row) -> None:
+            for each in logs:
+                each(member, row)
+
+        rows = ((name, row) for name, logged in past.items() for row in logged)
+        for name, row in sorted(rows, key=lambda named: named[1]["step"]):
+            log(name, row)
+        yield log
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise TrainError where the package of a logger is not installed."""
+    for name in names:
+        if importlib.util.find_spec(_PACKAGES[name]) is None:
+            raise TrainError(
+                f"train.loggers: expected the package {_PACKAGES[name]} for {name}, got none "
+                f"installed. Run `pip install {_PACKAGES[name]}`, or leave out --logger {name}."
+            )
+
+
+@contextmanager
+def log_to_dvclive(folder: Path) -> Iterator[Log]:
+    """DVCLive's files, which are complete after each row."""
+    lives: dict[str, _Live] = {}
+
+    def log(member: str, row: Row) -> None:
+        if member not in lives:
+            lives[member] = _Live(
+                str(folder / member),
+                report=None,
+                save_dvc_exp=False,
+                dvcyaml=None,
+                monitor_system=False,
+            )
+        live = lives[member]
+        live.step = row["step"]
+        for name, value in _list_metrics(row):
+            live.log_metric(name, value)
+        live.sync()
+
+    try:
+        yield log
+    finally:
+        for live in lives.values():
+            live.end()
+
+
+@contextmanager
+def log_to_tensorboard(folder: Path) -> Iterator[Log]:
+    """An event file per member; TensorBoard shows them as runs beside each other."""
+    tensorboard: Any = importlib.import_module("torch.utils.tensorboard")
+    writers: dict[str, Any] = {}
+
+    def log(member: str, row: Row) -> None:
+        if member not in writers:
+            writers[member] = tensorboard.SummaryWriter(str(folder / member))
+        for name, value in _list_metrics(row):
+            writers[member].add_scalar(name, value, row["step"])
+        writers[member].flush()
+
+    try:
+        yield log
+    finally:
+        for writer in writers.values():
+            writer.close()
+
+
+@contextmanager
+def log_to_wandb(folder: Path, *, run: str, settings: Mapping[str, Any]) -> Iterator[Log]:
+    """One run of wandb, in the project gsae-pipeline; without a network by WANDB_MODE=offline."""
+    wandb: Any = importlib.import_module("wandb")
+    try:
+        opened = wandb.init(
+            project="gsae-pipeline",
+            name=run,
+            dir=str(folder),
+            config=dict(settings),
+            settings=wandb.Settings(silent=True),
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise TrainError(
+            f"wandb for {folder}: expected to be logged in, got: {reason:.200}. "
+            "Run `wandb login`, or set WANDB_MODE=offline."
+        ) from None
+
+    def log(member: str, row: Row) -> None:
+        values = {f"{member}/{name}": value for name, value in _list_metrics(row)}
+        opened.log(values, step=row["step"])
+
+    try:
+        yield log
+    finally:
+        opened.finish()
+
+
+def _list_metrics(row: Row) -> Iterator[tuple[str, Any]]:
+    """What is measured; an architecture that selects nothing has no overlap."""
+    return ((name, value) for name, value in row.items() if name != "step" and value is not None)
+
+
+class _Live(Live):
+    """DVCLive without its DVC repository.
+
+    Stock `Live` runs `dvc init` and `git add` in a Git repository that is not a DVC one (3.49), and
+    asks Git for a revision in every other; all that we want of it are its files.
+    """
+
+    def _init_dvc(self) -> None:
+        self._dvc_file = "dvc.yaml"

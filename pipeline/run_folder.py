@@ -1,0 +1,184 @@
+"""Where a run is written: beside its place, under other names, until it is whole.
+
+.<name>.lock          held by the one process that trains into <name>
+.<name>.part/         the run in the making, empty at every start
+.<name>.checkpoints/  what an interrupted run goes on from
+.<name>.old/          the earlier run, for the moment in which the new one takes its place
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pipeline.config import TrainConfig
+from pipeline.errors import TrainError
+from pipeline.files import write_json
+from pipeline.history import Row, read_history, write_history
+from pipeline.member import Member, finish_member, plan_members
+from pipeline.runs import read_run
+from pipeline.sae import StepMetrics, read_sae_config, save_sae
+from pipeline.sae.io import WEIGHTS_NAME
+from store.crash import crash_point
+from store.disk import link_tree
+
+HISTORY_NAME = "history.parquet"
+
+
+def locate_work(out: Path) -> Path:
+    """Where the run for `out` is written."""
+    return out.with_name(f".{out.name}.part")
+
+
+def locate_checkpoints(out: Path) -> Path:
+    """Where checkpoints of the run for `out` are."""
+    return out.with_name(f".{out.name}.checkpoints")
+
+
+@contextmanager
+def open_run(out: Path) -> Iterator[Path]:
+    """Yield an empty sibling of `out` to write to; on success it takes the place of `out`.
+
+    Where the body raises, the sibling stays, for a look at its live metrics, until the next run.
+    """
+    if is_foreign(out):
+        raise TrainError(
+            f"run folder at {out}: expected an earlier run, an empty folder or nothing, got other "
+            f"files, which would be lost. Choose another --out."
+        )
+    with _lock(out):
+        work = locate_work(out)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        yield work
+        old = out.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        crash_point("train:before-publish")
+        if out.exists():
+            out.rename(old)
+        crash_point("train:between-renames")
+        work.rename(out)
+        crash_point("train:after-publish")
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(locate_checkpoints(out), ignore_errors=True)
+
+
+def is_foreign(out: Path) -> bool:
+    """Whether something is at `out` that `train` did not write and must not replace."""
+    if not out.is_dir():
+        return out.exists()
+    try:
+        config = json.loads((out / "config.json").read_bytes())
+        return not all((out / name / "config.json").is_file() for name in config["members"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return any(out.iterdir())
+
+
+def restore_run(out: Path) -> None:
+    """Give an earlier run its place again if a process died before the next one had taken it."""
+    old = out.with_name(f".{out.name}.old")
+    if not old.exists():
+        return
+    with _lock(out):
+        if old.exists() and not out.exists():
+            old.rename(out)
+
+
+def find_finished(out: Path, recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
+    """Where the run at `out` has the SAEs of these recipes, by the name that they have there.
+
+    A folder may have another name: k32-beta0 is k32-beta0-seed0 once there are several seeds.
+    Raises TrainError where the run has an SAE of no recipe, which would be lost.
+    """
+    if not (out / "config.json").exists():
+        return {}
+    finished = {}
+    for name in read_run(out).members:
+        folder = out / name
+        training = read_sae_config(folder).training
+        same = [key for key, recipe in recipes.items() if not _diff(recipe, training)]
+        if not same:
+            wanted = recipes.get(name, {"name": "one of " + ", ".join(recipes)})
+            raise TrainError(
+                f"run at {out}: expected none or one with the same store and settings, got "
+                f"{name} with other ones ({_diff(wanted, training)[0]}). "
+                "Choose another --out, or pass --overwrite."
+            )
+        if all((folder / file).is_file() for file in (WEIGHTS_NAME, HISTORY_NAME)):
+            finished[same[0]] = folder
+    return finished
+
+
+def write_run(
+    work: Path,
+    config: TrainConfig,
+    members: Sequence[Member],
+    *,
+    rows: Mapping[str, Sequence[Row]],
+    keep: Mapping[str, Path],
+    failed: Mapping[str, str],
+    training: Mapping[str, Mapping[str, Any]],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write the members, the finished ones of `keep` and what is said of all, to `work`.
+
+    `training` is what each member's config.json says of how it came about, `facts` what the run's
+    does. What failed in the runs of the kept ones is said again.
+    """
+    for name, folder in keep.items():
+        link_tree(folder, work / name)
+        for logs in folder.parent.glob(f"*/{folder.name}"):  # live/<name>, tensorboard/<name>
+            link_tree(logs, work / logs.parent.name / name)
+    for member in members:
+        folder = work / member.spec.name
+        save_sae(finish_member(member), folder, training=training[member.spec.name])
+        write_history(folder / HISTORY_NAME, rows[member.spec.name])
+    for run in {folder.parent for folder in keep.values()}:
+        failed = json.loads((run / "config.json").read_bytes())["failed"] | failed
+    grid = [spec.name for spec in plan_members(config)]
+    there = {*keep, *(member.spec.name for member in members)}
+    names = [name for name in grid if name in there] + sorted(there - set(grid))
+    missing = set(grid) - there
+    last = {name: read_history(work / name / HISTORY_NAME)[-1] for name in names}
+    summary = {name: {key: last[name][key] for key in StepMetrics._fields} for name in names}
+    write_json(work / "summary.json", summary)
+    write_json(
+        work / "config.json",
+        {
+            "train": config.model_dump(mode="json"),
+            "members": names,
+            "failed": {name: problem for name, problem in failed.items() if name in missing},
+            **facts,
+        },
+    )
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise TrainError(
+            f"run folder at {out}: expected no other writer, got one that holds {lock.lock_file}. "
+            f"Wait for it, or choose another --out."
+        ) from None
+    except OSError as error:
+        raise TrainError(f"run folder at {out}: expected a writable place, got: {error}.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _diff(recipe: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key}: expected {value!r:.60}, got {training.get(key)!r:.60}"
+        for key, value in recipe.items()
+        if training.get(key) != value
+    ]

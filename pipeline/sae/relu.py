@@ -1,0 +1,59 @@
+"""The ReLU autoencoder with an L1 penalty (Bricken et al. 2023)."""
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pipeline.sae.base import TrainingPass, list_dense
+from pipeline.sae.selection import Latents
+from pipeline.sae.sparsity import L1_GAINS, Gains, SteeredSAE
+
+
+class ReluSAE(SteeredSAE):
+    """The standard sparse autoencoder.
+
+        y       = ReLU((s x - b_dec) @ W_enc + b_enc)                [batch, d_sae]
+        x̂       = (y @ W_dec + b_dec) / s                            [batch, d_model]
+        penalty = λ Σ_i y_i ||W_dec_i||, averaged over the batch's rows
+
+    Bricken et al. 2023 (Towards Monosemanticity), appendix on training; λ is `sparsity_weight`.
+
+    Differs: the norms of the decoder's rows, from Conerly et al. 2024 (Anthropic, Circuits Updates,
+    April 2024). They are 1 under decoder_norm "unit"; "free", a longer row would make the penalty
+    smaller for nothing. Dead latents are not resampled.
+    """
+
+    architecture: ClassVar[str] = "relu"
+    gains: ClassVar[Gains] = L1_GAINS
+    penalty_degree: ClassVar[int] = 1
+
+    @torch.no_grad()
+    def start_firing_at(
+        self, levels: Float[Tensor, " d_sae"], centred: Float[Tensor, "batch d_model"]
+    ) -> None:
+        del centred
+        self.b_enc.copy_(-levels)
+
+    def encode(
+        self,
+        acts: Float[Tensor, "batch d_model"],
+        grads: Float[Tensor, "batch d_model"] | None = None,
+        tokens: Int[Tensor, " batch"] | None = None,
+    ) -> Latents:
+        """All latents; grads play no part."""
+        del grads, tokens
+        return list_dense((self.project(acts) + self.b_enc).relu())
+
+    def train_forward(
+        self,
+        acts: Float[Tensor, "batch d_model"],
+        grads: Float[Tensor, "batch d_model"] | None = None,
+        tokens: Int[Tensor, " batch"] | None = None,
+    ) -> TrainingPass:
+        """As forward, with the penalty."""
+        del grads, tokens
+        recon, latents = self(acts)
+        l1 = (latents.values @ self.W_dec.norm(dim=1)).mean()
+        return TrainingPass(recon, latents, self.sparsity_weight * l1)

@@ -1,0 +1,74 @@
+"""The optimizer step beside plain Adam on the same gradients, and moments that come from a file."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from pipeline.sae import TopKSAE, init_weights, start_learning, take_step
+from pipeline.sae.learning import Learner
+
+
+def start(acts: Tensor) -> Learner:
+    sae = TopKSAE(d_model=acts.shape[1], d_sae=20, k=3)
+    init_weights(sae, acts, seed=0, scale_input=True)
+    return start_learning(sae)
+
+
+def draw() -> Tensor:
+    return torch.randn(30, 6, generator=torch.Generator().manual_seed(0)) + 1
+
+
+def test_three_steps_are_those_of_adam_that_is_not_fused() -> None:
+    acts = draw()
+    learner = start(acts)
+    plain = copy.deepcopy(learner.sae)
+    # row by row, so that nothing depends on how a parameter lies in memory
+    held = {
+        n: p.detach().clone(memory_format=torch.contiguous_format)
+        for n, p in plain.named_parameters()
+    }
+    adam = torch.optim.Adam(held.values(), betas=(0.9, 0.999), foreach=False)
+    for _ in range(3):
+        take_step(learner, acts, lr=0.01)
+
+        recon = plain(acts).recon
+        loss = ((recon - acts) * plain.input_scale).square().sum(dim=1).mean()
+        plain.zero_grad()
+        loss.backward()
+        for name, parameter in plain.named_parameters():
+            assert parameter.grad is not None
+            held[name].grad = parameter.grad.contiguous()
+        rows, grad = held["W_dec"], held["W_dec"].grad
+        assert grad is not None
+        held["W_dec"].grad = grad - (grad * rows).sum(dim=1, keepdim=True) * rows
+        for group in adam.param_groups:
+            group["lr"] = 0.01
+        adam.step()
+        rows /= rows.norm(dim=1, keepdim=True)
+        plain.load_state_dict(held, strict=False)
+
+    for name, parameter in learner.sae.named_parameters():
+        torch.testing.assert_close(parameter.detach(), held[name], rtol=1e-4, atol=1e-5)
+
+
+def test_loaded_moments_go_on_to_the_same_bits() -> None:
+    acts = draw()
+    learner, resumed = start(acts), start(acts)
+    take_step(learner, acts, lr=0.01)
+    resumed.sae.load_state_dict(
+        {
+            name: t.clone(memory_format=torch.contiguous_format)
+            for name, t in learner.sae.state_dict().items()
+        }
+    )
+    saved = copy.deepcopy(learner.optimizer.state_dict())
+    for moments in saved["state"].values():  # as a file gives them
+        for name, moment in moments.items():
+            moments[name] = moment.clone(memory_format=torch.contiguous_format)
+    resumed.optimizer.load_state_dict(saved)
+    for _ in range(2):
+        take_step(learner, acts, lr=0.01)
+        take_step(resumed, acts, lr=0.01)
+    for left, right in zip(learner.sae.parameters(), resumed.sae.parameters(), strict=True):
+        assert torch.equal(left, right)

@@ -1,0 +1,103 @@
+"""A grid that grows, and members of which one fails, from a real store."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline import train as module
+from tests.tiny import run_cli
+
+TRAIN = ("train", "--out", "runs/it", "--steps", "6")
+
+
+@pytest.fixture
+def project(cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "project"
+    shutil.copytree(cached, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def find_inodes(project: Path) -> dict[str, int]:
+    files = (project / "runs/it").glob("*/sae.safetensors")
+    return {path.parent.name: path.stat().st_ino for path in files}
+
+
+def test_a_grid_that_grows_trains_what_is_missing(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(*TRAIN, "--beta", "0") == 0
+    before = find_inodes(project)
+    grown = ("--beta", "0", "--beta", "7", "--architecture", "topk", "--architecture", "relu")
+    assert run_cli(*TRAIN, *grown, "--set", "train.log_every=2") == 0
+    assert "kept as they are in runs/it: k4-beta0\n" in capsys.readouterr().err
+    after = find_inodes(project)
+    assert set(after) == {"k4-beta0", "k4-beta7", "relu-k4-beta0"}
+    assert after["k4-beta0"] == before["k4-beta0"]
+    run = json.loads((project / "runs/it/config.json").read_text())
+    assert run["members"] == ["k4-beta0", "k4-beta7", "relu-k4-beta0"]
+
+    assert run_cli(*TRAIN, *grown) == 0  # nothing is missing
+    assert find_inodes(project) == after
+    assert run_cli(*TRAIN, *grown, "--overwrite") == 0
+    assert not set(find_inodes(project).values()) & set(after.values())
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        (("--lr", "0.5"), "lr: expected 0.5, got 0.002"),
+        (("--batch-size", "256"), "batch_size: expected 256, got 512"),
+        (("--beta", "7"), "expected 'one of k4-beta7'"),  # k4-beta0 would be lost
+    ],
+)
+def test_another_run_is_refused(
+    project: Path, capsys: pytest.CaptureFixture[str], changed: tuple[str, ...], what: str
+) -> None:
+    assert run_cli(*TRAIN, "--beta", "0") == 0
+    before = find_inodes(project)
+    beta = () if "--beta" in changed else ("--beta", "0")
+    assert run_cli(*TRAIN, *beta, *changed) == 1
+    err = capsys.readouterr().err
+    assert what in err
+    assert "pass --overwrite" in err
+    assert find_inodes(project) == before
+
+
+def test_22_a_bad_member_is_named_and_the_command_fails_after_the_others(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = module.step_member
+
+    def step_member(member, acts, *rest, **settings):
+        if member.spec.beta:
+            acts = acts * float("nan")
+        return original(member, acts, *rest, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "step_member", step_member)
+        assert run_cli(*TRAIN, "--beta", "0", "--beta", "7") == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("Error: loss of k4-beta7 at step 1: expected a finite loss, got nan")
+    before = find_inodes(project)
+    assert set(before) == {"k4-beta0"}
+
+    assert run_cli(*TRAIN, "--beta", "0", "--beta", "7") == 0  # tried again, and only it
+    after = find_inodes(project)
+    assert set(after) == {"k4-beta0", "k4-beta7"}
+    assert after["k4-beta0"] == before["k4-beta0"]
+    assert json.loads((project / "runs/it/config.json").read_text())["failed"] == {}
+
+
+def test_end_to_end_and_tokenized_members_train_beside_the_others(project: Path) -> None:
+    kinds = ("topk", "tokenized", "end_to_end")
+    grid = [part for kind in kinds for part in ("--architecture", kind)]
+    assert run_cli(*TRAIN, "--beta", "0", *grid) == 0
+    assert set(find_inodes(project)) == {
+        *("k4-beta0", "tokenized-k4-beta0", "end_to_end-k4-beta0"),
+    }
+    config = json.loads((project / "runs/it/end_to_end-k4-beta0/config.json").read_text())
+    assert config["architecture"] == "topk"
+    assert config["training"]["objective"] == "end_to_end"
