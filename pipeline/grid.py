@@ -24,8 +24,8 @@ from pipeline.config import ModelConfig, TrainConfig
 from pipeline.device import pick_device
 from pipeline.errors import TrainError
 from pipeline.member import END_TO_END
-from pipeline.run_folder import open_run, restore_run
-from pipeline.runs import Run, find_finished, read_run, write_run
+from pipeline.run_folder import find_finished, open_run, restore_run, write_run
+from pipeline.runs import Run, read_run
 from pipeline.train import NoMemberLeft, pin_precision
 from pipeline.training import (
     TrainPlan,

@@ -256,8 +256,8 @@ def test_one_process_of_a_group_prints_and_writes(project: Path) -> None:
 
 
 def test_ctrl_c_of_one_process_saves_for_all(project: Path) -> None:
-    command = (*TRAIN, "--out", "runs/stopped", "--set", "train.checkpoint_every=1000")
-    command = (*command, "--steps", "2000", "--epochs", "40")
+    command = ("train", "--out", "runs/stopped", "--steps", "2000", "--epochs", "40")
+    command = (*command, "--set", "train.checkpoint_every=100000")
     (project / "0.err").unlink(missing_ok=True)
     with start_group(2, project, "command", *command) as processes:
         await_text(project / "0.err", "tokens of")
