@@ -21,8 +21,8 @@ from pipeline.model import (
 )
 from store.adoption import list_adoptable
 from store.disk import free_bytes
-from store.layout import ShardSpec, StoreLayout, plan_shards
 from store.identity import diff_identities
+from store.layout import ShardSpec, StoreLayout, plan_shards
 from store.manifest import FORMAT_VERSION, StoreSpec
 from store.publication import find_published
 from store.work import committed_shards, locate_work

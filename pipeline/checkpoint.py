@@ -93,15 +93,30 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, training: str) -> 
         _write_files(part, checkpoint, training)
         crash_point("after-write:checkpoint")
         rename_durably(part, path, kind="checkpoint")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             needed = _count_bytes(checkpoint.tensors)
             raise TrainError(_describe_full(folder, needed, free_bytes(folder))) from None
         raise
-    for other in set(folder.iterdir()) - set(_list_newest(folder, training)[:KEPT]):
+    # Of later steps there are only damaged ones, or training would have gone on from them.
+    ours = [other for other in _list_newest(folder, training) if other <= path]
+    for other in set(folder.iterdir()) - set(ours[:KEPT]):
         remove(other)
     return path
+
+
+def is_full(error: OSError | SafetensorError) -> bool:
+    """Whether a disk or a quota is full; safetensors tells the system's error in its text alone."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(f"(os error {number})" in str(error) for number in full)
+
+
+def list_members(folder: Path) -> set[str]:
+    """The members that checkpoints in a folder have rows of, whichever training they are of."""
+    return {path.stem for path in folder.glob("[!.]*/history/*.parquet")}
 
 
 def read_newest(folder: Path, *, training: str, tell: Callable[[str], None]) -> Checkpoint | None:

@@ -147,6 +147,12 @@ class TrainConfig(Section):
                 f"k_start: expected {max(self.ks)} (the largest of ks) to d_sae = {self.d_sae}, "
                 f"got {self.k_start}"
             )
+        expert = self.d_sae // self.n_experts
+        if "switch" in self.architectures and (self.k_start or 0) > expert:
+            raise ValueError(
+                f"k_start: expected at most d_sae / n_experts = {expert} for switch, "
+                f"got {self.k_start}"
+            )
         if self.lr_warmup_fraction + self.lr_decay_fraction > 1:
             raise ValueError("lr_warmup_fraction + lr_decay_fraction: expected at most 1 together")
         return self

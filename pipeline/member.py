@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.config import TrainConfig
 from pipeline.device import pick_precision
+from pipeline.errors import TrainError
 from pipeline.paths import format_number
 from pipeline.sae import (
     ARCHITECTURES,
@@ -106,8 +107,12 @@ def make_sae(
     n_tokens: int | None,
     group: Group,
 ) -> SparseAutoencoder:
-    """A member's SAE, whose weights are still zero."""
+    """A member's SAE, whose weights are still zero; a tokenized one needs `n_tokens`."""
     cls = _find_class(spec.architecture)
+    if "n_tokens" in cls.options and n_tokens is None:
+        raise TrainError(
+            f"n_tokens of {spec.name}: expected the vocabulary's size, got none. Pass n_tokens=."
+        )
     options = {"n_tokens": n_tokens} | {
         name: getattr(config, key) for name, key in _OPTION_SETTINGS.items()
     }

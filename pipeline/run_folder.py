@@ -7,14 +7,17 @@
 """
 
 import json
+import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
+from pipeline.checkpoint import is_full, list_members
 from pipeline.config import TrainConfig
 from pipeline.errors import TrainError
 from pipeline.files import write_json
@@ -31,12 +34,12 @@ HISTORY_NAME = "history.parquet"
 
 def locate_work(out: Path) -> Path:
     """Where the run for `out` is written."""
-    return out.with_name(f".{out.name}.part")
+    return _name_beside(out, "part")
 
 
 def locate_checkpoints(out: Path) -> Path:
     """Where checkpoints of the run for `out` are."""
-    return out.with_name(f".{out.name}.checkpoints")
+    return _name_beside(out, "checkpoints")
 
 
 @contextmanager
@@ -55,7 +58,7 @@ def open_run(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         yield work
-        old = out.with_name(f".{out.name}.old")
+        old = _name_beside(out, "old")
         shutil.rmtree(old, ignore_errors=True)
         crash_point("train:before-publish")
         if out.exists():
@@ -79,13 +82,31 @@ def is_foreign(out: Path) -> bool:
 
 
 def restore_run(out: Path) -> None:
-    """Give an earlier run its place again if a process died before the next one had taken it."""
-    old = out.with_name(f".{out.name}.old")
+    """Give an earlier run its place again if a process died before the next one had taken it.
+
+    Where the next one has, the earlier one is deleted, as that process would have done.
+    """
+    old = _name_beside(out, "old")
     if not old.exists():
         return
     with _lock(out):
         if old.exists() and not out.exists():
             old.rename(out)
+        elif (out / "config.json").is_file():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep_checkpoints(out: Path, finished: Collection[str]) -> None:
+    """Delete checkpoints that a process left which died once it had published these members.
+
+    Those with another member are of a larger grid, to go on from; those of a run that somebody
+    else writes now are theirs.
+    """
+    folder = locate_checkpoints(out)
+    if not folder.is_dir() or not list_members(folder) <= set(finished):
+        return
+    with suppress(TrainError), _lock(out):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def find_finished(out: Path, recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
@@ -102,11 +123,12 @@ def find_finished(out: Path, recipes: Mapping[str, Mapping[str, Any]]) -> dict[s
         training = read_sae_config(folder).training
         same = [key for key, recipe in recipes.items() if not _diff(recipe, training)]
         if not same:
-            wanted = recipes.get(name, {"name": "one of " + ", ".join(recipes)})
+            got = f"{name}, which would be lost"
+            if name in recipes:
+                got = f"{name} with other ones ({_diff(recipes[name], training)[0]})"
             raise TrainError(
-                f"run at {out}: expected none or one with the same store and settings, got "
-                f"{name} with other ones ({_diff(wanted, training)[0]}). "
-                "Choose another --out, or pass --overwrite."
+                f"run at {out}: expected none or one of {', '.join(recipes)} alone, with the same "
+                f"store and settings, got {got}. Choose another --out, or pass --overwrite."
             )
         if all((folder / file).is_file() for file in (WEIGHTS_NAME, HISTORY_NAME)):
             finished[same[0]] = folder
@@ -135,7 +157,7 @@ def write_run(
             link_tree(logs, work / logs.parent.name / name)
     for member in members:
         folder = work / member.spec.name
-        save_sae(finish_member(member), folder, training=training[member.spec.name])
+        _save_weights(member, folder, training=training[member.spec.name])
         write_history(folder / HISTORY_NAME, rows[member.spec.name])
     for run in {folder.parent for folder in keep.values()}:
         failed = json.loads((run / "config.json").read_bytes())["failed"] | failed
@@ -144,7 +166,9 @@ def write_run(
     names = [name for name in grid if name in there] + sorted(there - set(grid))
     missing = set(grid) - there
     last = {name: read_history(work / name / HISTORY_NAME)[-1] for name in names}
-    summary = {name: {key: last[name][key] for key in StepMetrics._fields} for name in names}
+    summary = {
+        name: {key: _finite(last[name][key]) for key in StepMetrics._fields} for name in names
+    }
     write_json(work / "summary.json", summary)
     write_json(
         work / "config.json",
@@ -159,7 +183,7 @@ def write_run(
 
 @contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
+    lock = FileLock(_name_beside(out, "lock"), timeout=0)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -174,6 +198,32 @@ def _lock(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _name_beside(out: Path, suffix: str) -> Path:
+    """A sibling of `out`; raises TrainError where `out` has no name of its own, such as "."."""
+    if out.name in ("", ".."):
+        raise TrainError(
+            f"run folder at {out}: expected a folder's name, got none. Pass one such as --out "
+            "runs/demo."
+        )
+    return out.with_name(f".{out.name}.{suffix}")
+
+
+def _save_weights(member: Member, folder: Path, *, training: Mapping[str, Any]) -> None:
+    try:
+        save_sae(finish_member(member), folder, training=training)
+    except SafetensorError as error:
+        todo = "Make room and run" if is_full(error) else "Run"
+        raise TrainError(
+            f"SAE for {folder}: expected a disk that takes it, got: {error}. {todo} the same "
+            "command again: it goes on from the last checkpoint."
+        ) from None
+
+
+def _finite(value: float | int | None) -> float | int | None:
+    """Null for what JSON has no number for: the NMSE of a row of zeros is infinite."""
+    return value if value is None or math.isfinite(value) else None
 
 
 def _diff(recipe: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]:

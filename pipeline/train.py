@@ -139,8 +139,6 @@ def train(
                         start_member(spec, exact, acts, n_tokens=n_tokens, group=group)
                         for spec in specs
                     ]
-                    if order and leads:
-                        check_room(out.parent, collect_state(members))
                 tokens += int(group.sum(torch.tensor(len(acts))))
                 logged = step == 1 or step % config.log_every == 0 or step == n_steps
                 lr = find_lr(config, step - 1, n_steps)
@@ -175,6 +173,8 @@ def train(
                 members = [member for member in members if member.spec.name not in failed]
                 if not members:
                     raise NoMemberLeft(failed, out)
+                if step == 1 and order and leads:  # Adam has its moments now
+                    check_room(out.parent, collect_state(members))
 
                 tokens_per_s = (tokens - tokens_at_log) / (time.perf_counter() - time_at_log)
                 report = StepReport(step, n_steps, tokens, lr, tokens_per_s, logged, metrics)
@@ -196,6 +196,7 @@ def train(
                         training=training,
                     )
                 if stopping:
+                    _meet(group)  # one that ends sooner would have the others ended by torchrun
                     then = ", which is saved. Run the same command again to go on" if order else ""
                     raise KeyboardInterrupt(f"Stopped after step {step} of {n_steps}{then}.")
 
@@ -236,7 +237,7 @@ def _anyone(group: Group, says: Callable[[], bool] | None) -> bool:
 
 
 def _meet(group: Group) -> None:
-    """Wait until all processes are here, so that they find the run that the first one wrote."""
+    """Wait until all processes are here, and so until the first one has written what it writes."""
     group.sum(torch.zeros(()))
 
 

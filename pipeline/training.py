@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +12,11 @@ from pipeline.config import ModelConfig, TrainConfig
 from pipeline.errors import TrainError
 from pipeline.member import END_TO_END, MemberSpec, plan_members, plan_recipe
 from pipeline.rows import Rows
-from pipeline.run_folder import find_finished, locate_checkpoints, restore_run
+from pipeline.run_folder import find_finished, restore_run, sweep_checkpoints
 from pipeline.runs import Run, read_run
 from pipeline.sae.group import ALONE, Group
 from pipeline.schedules import plan_steps
-from pipeline.train import StepReport, pin_precision, train
+from pipeline.train import NoMemberLeft, StepReport, pin_precision, train
 from store.files import StoreFiles
 from store.reader import ActivationStore, open_files, open_store, read_manifest
 from store.stream import stream_batches
@@ -49,15 +48,15 @@ def plan_training(
 ) -> TrainPlan:
     """Open the store and count its batches; raises TrainError for a foreign hook or few rows.
 
-    One layer stands for the store's only hook of it where the store has several hooks and
-    `config.hook` names none.
+    Where `config.hook` is null or fits several of the store's hooks, one layer stands for the only
+    one of them that it has.
     """
     files = open_files(source) if isinstance(source, str | Path) else source
     hooks = read_manifest(files).hooks
     names = {config.hook, f"hook_{config.hook}"}
     wanted = [hook for hook in hooks if config.hook is None or names & {hook, hook.split(".")[-1]}]
-    if config.hook is None and len(hooks) > 1 and len(layers) == 1:
-        wanted = [hook for hook in hooks if hook.startswith(f"blocks.{layers[0]}.")]
+    if len(wanted) > 1 and len(layers) == 1:
+        wanted = [hook for hook in wanted if hook.startswith(f"blocks.{layers[0]}.")]
     if len(wanted) != 1:
         raise TrainError(
             f"train.hook for {files.where}: expected one of {', '.join(hooks)}, "
@@ -100,8 +99,13 @@ def run_training(
     it. `only` names the members to train, if not the whole grid. The other arguments are those of
     `train`.
 
-    Raises TrainError if `out` holds another run.
+    Raises TrainError if `out` holds another run, or for a batch with fewer rows than processes.
     """
+    if config.batch_size < group.world_size:
+        raise TrainError(
+            f"train.batch_size: expected at least a row for each of {group.world_size} processes, "
+            f"got {config.batch_size}. Raise --batch-size or lower --nproc-per-node."
+        )
     facts = {**describe_input(plan), **provenance}
     courses = plan_courses(plan, config, device=device, model=model, only=only, group=group)
     recipes = plan_recipes(courses, pin_precision(config, device), facts)
@@ -110,31 +114,37 @@ def run_training(
     group.sum(torch.zeros(()))  # all wait for it
     kept = {} if overwrite else find_finished(out, recipes)
     if len(kept) == len(recipes) and group.rank == 0:
-        shutil.rmtree(locate_checkpoints(out), ignore_errors=True)
+        sweep_checkpoints(out, kept)
+    lost: NoMemberLeft | None = None
     for course in courses:
         missing = [spec for spec in course.specs if spec.name not in kept]
         if not missing:
             continue
         if tell and kept and group.rank == 0:
             tell(f"kept as they are in {out}: {', '.join(kept)}")
-        train(
-            config,
-            course.open_stream,
-            d_model=plan.store.manifest.d_model,
-            n_steps=course.n_steps,
-            out=out,
-            specs=missing,
-            keep=kept,
-            order=course.order,
-            device=device,
-            n_tokens=_count_vocabulary(plan) if "tokenized" in config.architectures else None,
-            group=group,
-            provenance=facts,
-            on_step=on_step,
-            tell=tell,
-            should_stop=should_stop,
-        )
+        try:
+            train(
+                config,
+                course.open_stream,
+                d_model=plan.store.manifest.d_model,
+                n_steps=course.n_steps,
+                out=out,
+                specs=missing,
+                keep=kept,
+                order=course.order,
+                device=device,
+                n_tokens=_count_vocabulary(plan) if "tokenized" in config.architectures else None,
+                group=group,
+                provenance=facts,
+                on_step=on_step,
+                tell=tell,
+                should_stop=should_stop,
+            )
+        except NoMemberLeft as error:  # another course's may do better
+            lost = error
         kept = find_finished(out, recipes)
+    if lost:
+        raise lost
     return read_run(out)
 
 
@@ -237,9 +247,6 @@ def _plan_end_to_end(
 
 
 def _count_vocabulary(plan: TrainPlan) -> int:
-    """The size of the vocabulary; where the store does not say, what its tokens reach."""
-    known = plan.store.manifest.identity.get("d_vocab")
-    if isinstance(known, int):
-        return known
+    """What the store's tokens reach; the rows of others in a table would stay zero."""
     present = plan.store.present
     return 1 + max(int(plan.store.read_column(shard, "tokens").max()) for shard in present)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from pipeline import checkpoint as module
 from pipeline.checkpoint import (
@@ -23,6 +24,7 @@ from pipeline.member import Member, plan_members, start_member, step_member
 from pipeline.member_state import collect_state, find_not_finite, resume_member
 from pipeline.sae import ARCHITECTURES
 from store.stream_plan import StreamState
+from tests.store.test_disk import run_on_mount
 from tests.test_history import make_row
 from tests.test_member import draw, make_config
 
@@ -153,19 +155,55 @@ def test_26_killed_while_writing(tmp_path: Path, point: str) -> None:
     check_same(read(tmp_path)[0], 7)
 
 
+def test_damaged_ones_of_later_steps_make_way(tmp_path: Path) -> None:
+    write(tmp_path, 20, 30)
+    for path in tmp_path.iterdir():
+        (path / "state.json").write_text("{}")
+    write(tmp_path, 10)
+    assert [path.name[9:] for path in tmp_path.iterdir()] == ["00000010"]
+    check_same(read(tmp_path)[0], 10)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
+    ],
+)
 def test_a_full_disk_names_the_bytes_and_spares_the_earlier_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     write(tmp_path, 5)
 
     def refuse(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(module, "save_file", refuse)
     with pytest.raises(TrainError, match=r"expected [\d,]+ bytes free.*last checkpoint"):
         write(tmp_path, 6)
     assert not list(tmp_path.glob(".*"))
     check_same(read(tmp_path)[0], 5)
+
+
+FULL = """
+import sys
+from tests.test_checkpoint import *
+folder = Path(sys.argv[1])
+write(folder, 5)
+tensors = {"W": torch.zeros(1000, 1000)}
+try:
+    write_checkpoint(folder, make_checkpoint(6)._replace(tensors=tensors), training=OURS)
+except TrainError as error:
+    print(error)
+print(*sorted(path.name[9:] for path in folder.iterdir()))
+"""
+
+
+def test_15_a_disk_that_fills_up(tmp_path: Path) -> None:
+    said, left = run_on_mount(tmp_path, "size=1m", FULL).splitlines()
+    assert said.startswith(f"disk for checkpoints at {tmp_path}: expected 4,000,000 bytes free")
+    assert left == "00000005"
 
 
 def test_room_is_that_of_three_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

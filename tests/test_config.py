@@ -85,6 +85,15 @@ def test_tokens_and_steps_exclude_each_other():
         load_config(DEMO, {"train.tokens": 4096, "train.steps": 2})
 
 
+def test_k_starts_within_an_expert_of_a_switch_sae():
+    settings = {"train.n_experts": 4, "train.d_sae": 2048, "train.architectures": ["topk"]}
+    assert load_config(DEMO, settings | {"train.k_start": 513}).train.k_start == 513
+    settings["train.architectures"] = ["topk", "switch"]
+    assert load_config(DEMO, settings | {"train.k_start": 512}).train.k_start == 512
+    with pytest.raises(ConfigError, match=r"k_start: expected at most .* = 512 .*, got 513"):
+        load_config(DEMO, settings | {"train.k_start": 513})
+
+
 @pytest.mark.parametrize(
     ("flags", "tokens", "steps"),
     [

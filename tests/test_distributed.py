@@ -58,25 +58,30 @@ PAIRS = [(n, case) for n in (2, 3) for case in list_cases(n)]  # processes, what
 
 
 @pytest.fixture(scope="module")
-def together(request, tmp_path_factory) -> list[str]:
-    """For each process of a group, where its results of a case {} are."""
-    out = tmp_path_factory.mktemp("group")
-    with start_group(request.param, out, "train") as processes:
-        for rank, process in enumerate(processes):
-            process.join(START_S)
-            assert process.exitcode == 0, (out / f"{rank}.err").read_text()
-    return [f"{out}/{{}}/{request.param}-{rank}" for rank in range(request.param)]
+def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]:
+    """By the number of processes, for each of them, where its results of a case {} are."""
+    results = {}
+    for n in (2, 3):
+        out = tmp_path_factory.mktemp("group")
+        with start_group(n, out, "train") as processes:
+            for rank, process in enumerate(processes):
+                process.join(START_S)
+                assert process.exitcode == 0, (out / f"{rank}.err").read_text()
+        results[n] = [f"{out}/{{}}/{n}-{rank}" for rank in range(n)]
+    return results
 
 
-def read(together: list[str], case: str) -> list[Trained]:
-    return [load(Path(path.format(case))) for path in together]
+def read(paths: list[str], case: str) -> list[Trained]:
+    return [load(Path(path.format(case))) for path in paths]
 
 
-@pytest.mark.parametrize(("together", "case"), PAIRS, indirect=["together"])
-def test_a_group_trains_what_one_process_trains(together: list[str], case: str) -> None:
+@pytest.mark.parametrize(("n", "case"), PAIRS)
+def test_a_group_trains_what_one_process_trains(
+    groups: dict[int, list[str]], n: int, case: str
+) -> None:
     """To the tolerance that docs/parallel.md states: the order of the sums is all that differs."""
     alone = train_case(case, ALONE)
-    for trained in read(together, case):
+    for trained in read(groups[n], case):
         assert trained.tensors.keys() == alone.tensors.keys()
         for name, expected in alone.tensors.items():
             torch.testing.assert_close(
@@ -89,9 +94,9 @@ def test_a_group_trains_what_one_process_trains(together: list[str], case: str) 
             }
 
 
-@pytest.mark.parametrize(("together", "case"), PAIRS, indirect=["together"])
-def test_all_processes_have_the_same_bits(together: list[str], case: str) -> None:
-    first, *others = read(together, case)
+@pytest.mark.parametrize(("n", "case"), PAIRS)
+def test_all_processes_have_the_same_bits(groups: dict[int, list[str]], n: int, case: str) -> None:
+    first, *others = read(groups[n], case)
     for other in others:
         assert other.metrics == first.metrics
         for name, tensor in first.tensors.items():
@@ -107,14 +112,13 @@ def test_the_cases_show_what_they_are_for() -> None:
     assert plain.metrics[-1]["overlap"] < 1
 
 
-@pytest.mark.parametrize("together", [2, 3], indirect=True)
-def test_sums_and_gathers_of_odd_shapes(together: list[str]) -> None:
-    world_size = len(together)
-    for trained in read(together, "odd"):
-        total = world_size * (world_size + 1) / 2
+@pytest.mark.parametrize("n", [2, 3])
+def test_sums_and_gathers_of_odd_shapes(groups: dict[int, list[str]], n: int) -> None:
+    for trained in read(groups[n], "odd"):
+        total = n * (n + 1) / 2
         assert torch.equal(trained.tensors["across"], torch.full((3, 2), total))
-        assert trained.tensors["count"].item() == world_size * 2**40 + sum(range(world_size))
-        expected = [10 * rank + i for rank in range(world_size) for i in range(rank)]
+        assert trained.tensors["count"].item() == n * 2**40 + sum(range(n))
+        expected = [10 * rank + i for rank in range(n) for i in range(rank)]
         assert trained.tensors["rows"].tolist() == [[value] * 3 for value in expected]
 
 

@@ -208,6 +208,13 @@ def test_a_former_run_that_was_set_aside_takes_its_place_again(tmp_path: Path) -
     restore_run(out)  # has nothing to do
     assert read_results(out) == before
 
+    die("train:after-publish", 0, out, GRID.model_copy(update={"lr": 0.02}))
+    after = read_results(out)
+    assert after != before
+    restore_run(out)
+    assert read_results(out) == after
+    assert not out.with_name(".run.old").exists()  # nor would it come back once `out` is removed
+
 
 @pytest.fixture
 def project(cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

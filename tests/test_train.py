@@ -343,3 +343,33 @@ def test_only_the_first_process_writes_and_tells(tmp_path: Path) -> None:
     )  # fmt: skip
     assert said == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_room_for_checkpoints_counts_adam_s_moments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[set[str]] = []
+    monkeypatch.setattr(module, "check_room", lambda _, tensors: asked.append(set(tensors)))
+    run = {"d_model": 8, "n_steps": 2, "order": "o"}
+    train(make_config(architectures=("topk",)), opens(2), out=tmp_path / "run", **run)
+    (names,) = asked  # once
+    assert any(name.endswith("/adam/0/exp_avg_sq") for name in names)
+
+
+def test_a_row_of_zeros_does_not_cost_the_run(tmp_path: Path) -> None:
+    def with_zeros(first: int) -> Iterator[Batch]:
+        for batch in opens(2)(first):
+            batch.acts[3] = 0
+            yield batch
+
+    config = make_config(architectures=("topk",), betas=(0.0,))
+    train(config, with_zeros, d_model=8, n_steps=2, out=tmp_path / "run")
+    (summary,) = json.loads((tmp_path / "run/summary.json").read_text()).values()
+    assert summary["nmse_squared"] is None
+    assert math.isfinite(summary["loss"])
+
+
+def test_a_tokenized_sae_without_a_vocabulary_is_one_line(tmp_path: Path) -> None:
+    config = make_config(architectures=("tokenized",))
+    with pytest.raises(TrainError, match=r"n_tokens of tokenized-k.*: expected the vocabulary"):
+        train(config, opens(2), d_model=8, n_steps=2, out=tmp_path / "run")

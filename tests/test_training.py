@@ -5,9 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from pipeline import train as module
-from tests.tiny import run_cli
+from pipeline.config import load_config
+from pipeline.errors import TrainError
+from pipeline.sae.group import Group
+from pipeline.training import plan_training, run_training
+from tests.tiny import run_cli, spawn_cli
 
 TRAIN = ("train", "--out", "runs/it", "--steps", "6")
 
@@ -50,7 +55,10 @@ def test_a_grid_that_grows_trains_what_is_missing(
     [
         (("--lr", "0.5"), "lr: expected 0.5, got 0.002"),
         (("--batch-size", "256"), "batch_size: expected 256, got 512"),
-        (("--beta", "7"), "expected 'one of k4-beta7'"),  # k4-beta0 would be lost
+        (
+            ("--beta", "7"),
+            "one of k4-beta7 alone, with the same store and settings, got k4-beta0, ",
+        ),
     ],
 )
 def test_another_run_is_refused(
@@ -89,6 +97,58 @@ def test_22_a_bad_member_is_named_and_the_command_fails_after_the_others(
     assert set(after) == {"k4-beta0", "k4-beta7"}
     assert after["k4-beta0"] == before["k4-beta0"]
     assert json.loads((project / "runs/it/config.json").read_text())["failed"] == {}
+
+
+def test_checkpoints_of_a_larger_grid_outlive_a_smaller_one(project: Path) -> None:
+    grown = (*TRAIN, "--beta", "0", "--beta", "7", "--set", "train.checkpoint_every=2")
+    assert run_cli(*TRAIN, "--beta", "0") == 0
+    killed = spawn_cli(
+        *grown, cwd=project, STORE_CRASH_POINT="train:after-step", STORE_CRASH_SKIP="4"
+    )
+    killed.communicate()
+    checkpoints = project / "runs/.it.checkpoints"
+    before = sorted(path.name for path in checkpoints.iterdir())
+    assert before
+
+    assert run_cli(*TRAIN, "--beta", "0") == 0  # has all that it asks for
+    assert sorted(path.name for path in checkpoints.iterdir()) == before
+    saved = shutil.copytree(checkpoints, project / "saved")
+    assert run_cli(*grown) == 0
+    assert not checkpoints.exists()
+
+    shutil.copytree(saved, checkpoints)  # as if it had died once it had published
+    with FileLock(project / "runs/.it.lock"):
+        assert run_cli(*grown) == 0
+    assert checkpoints.exists()  # the one who holds the lock may need them
+    assert run_cli(*grown) == 0
+    assert not checkpoints.exists()
+
+
+@pytest.mark.usefixtures("project")
+def test_a_folder_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("train", "--steps", "6", "--out", ".") == 1
+    assert "run folder at .: expected a folder's name, got none. Pass" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("project")
+def test_a_batch_with_fewer_rows_than_processes_is_refused() -> None:
+    group = Group()
+    group.world_size = 3
+    config = load_config(Path("configs/tiny.yaml"), {"train.batch_size": 2}).train
+    plan = plan_training(config, Path("stores/tiny"))
+    with pytest.raises(TrainError, match="a row for each of 3 processes, got 2"):
+        run_training(plan, config, Path("runs/it"), device="cpu", provenance={}, group=group)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("project")
+def test_a_hook_that_several_layers_have_is_chosen_by_its_layer() -> None:
+    assert run_cli("cache", "--layer", "0", "--layer", "1", "--out", "stores/two") == 0
+    config = load_config(Path("configs/tiny.yaml"), {"train.hook": "resid_post"}).train
+    with pytest.raises(TrainError, match="--layer for its only hook"):
+        plan_training(config, Path("stores/two"))
+    plan = plan_training(config, Path("stores/two"), [0])
+    assert plan.stream.hook == "blocks.0.hook_resid_post"
 
 
 def test_end_to_end_and_tokenized_members_train_beside_the_others(project: Path) -> None:

@@ -23,7 +23,8 @@ class ScaleTotals:
     """Sums over held-out rows of one selecting SAE, by loss_tokens N.
 
     Counted are the latents that fire: they are what is selected, less those with z <= 0 that a
-    k-sparse architecture is left with where fewer than k are positive.
+    k-sparse architecture is left with where fewer than k are positive. BatchTopK keeps the
+    threshold of its own N: at another, how many fire is another number too.
     """
 
     def __init__(self, sae: SparseAutoencoder, loss_tokens: Sequence[int]) -> None:

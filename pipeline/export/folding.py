@@ -82,7 +82,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """An object from a JSON file; raises TrainError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: brackets without end
         raise TrainError(f"{what} at {path}: expected JSON, got: {error}.") from None
     if not isinstance(content, dict):
         raise TrainError(f"{what} at {path}: expected an object, got {content!r:.60}.")

@@ -85,10 +85,17 @@ def find_saelens(folder: Path) -> tuple[Foreign, ...]:
         Foreign(
             path.parent.resolve().name,
             path.parent,
-            read_json(path, "SAELens configuration").get("metadata") or {},
+            _read_metadata(path),
         )
         for path in configs
     )
+
+
+def _read_metadata(path: Path) -> Mapping[str, Any]:
+    metadata = read_json(path, "SAELens configuration").get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise TrainError(f"metadata at {path}: expected an object, got {metadata!r:.40}.")
+    return metadata
 
 
 def _read_excluded(foreign: Foreign) -> tuple[int, ...]:

@@ -80,15 +80,14 @@ def load_saelens(folder: Path) -> SparseAutoencoder:
     tensors = _read_tensors(folder / WEIGHTS_NAME, _list_shapes(name, d_model, d_sae))
     if not config.get("apply_b_dec_to_input", True):
         tensors = _subtract_b_dec(tensors)
-    if config.get("rescale_acts_by_decoder_norm"):
+    if name == "topk" and config.get("rescale_acts_by_decoder_norm"):  # no other has it
         tensors = _scale_by_norms(tensors)
     if name == "jumprelu":
         threshold = tensors.pop("threshold").clamp(min=_SMALLEST_THRESHOLD)
         tensors["log_threshold"] = threshold.log()
-    k = config["k"] if name == "topk" else config["metadata"].get("k") or d_sae
     try:
-        sae = _start(_OURS[name], d_model=d_model, d_sae=d_sae, k=k)
-    except (ConfigError, TypeError) as error:  # k above d_sae, or a recorded one of no use
+        sae = _start(_OURS[name], d_model=d_model, d_sae=d_sae, k=_choose_k(config))
+    except ConfigError as error:  # k above d_sae
         raise TrainError(f"SAELens configuration at {folder / CONFIG_NAME}: {error}") from None
     sae.load_state_dict(sae.state_dict() | as_float32(tensors))
     return sae
@@ -110,7 +109,7 @@ def _check_config(config: dict[str, Any], folder: Path) -> None:
             f"SAELens configuration at {path}: expected sae_lens_version 6.0.0 or newer, got "
             f"{version or 'none'}. Load and save it with a newer sae-lens."
         )
-    if config.get("architecture") not in _OURS:
+    if config.get("architecture") not in list(_OURS):  # a list: it may be anything
         raise TrainError(
             f"architecture at {path}: expected one of {', '.join(_OURS)}, "
             f"got {config.get('architecture')!r:.40}."
@@ -118,11 +117,17 @@ def _check_config(config: dict[str, Any], folder: Path) -> None:
     for key, wanted in _ONLY.items():
         if config.get(key, wanted) != wanted:
             raise TrainError(f"{key} at {path}: expected {wanted!r}, got {config[key]!r:.40}.")
-    for key in ("d_in", "d_sae", *(("k",) if config["architecture"] == "topk" else ())):
-        if type(config.get(key)) is not int or config[key] < 1:
-            raise TrainError(
-                f"{key} at {path}: expected a positive integer, got {config.get(key)!r:.40}."
-            )
+    sizes = {"d_in": config.get("d_in"), "d_sae": config.get("d_sae"), "k": _choose_k(config)}
+    for key, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise TrainError(f"{key} at {path}: expected a positive integer, got {size!r:.40}.")
+
+
+def _choose_k(config: dict[str, Any]) -> Any:
+    if config["architecture"] == "topk":
+        return config.get("k")
+    recorded = config["metadata"].get("k")
+    return config.get("d_sae") if recorded is None else recorded
 
 
 def _list_shapes(name: str, d_model: int, d_sae: int) -> dict[str, list[int]]:
@@ -146,9 +151,13 @@ def _read_tensors(path: Path, shapes: dict[str, list[int]]) -> dict[str, Tensor]
                     raise TrainError(
                         f"{name} at {path}: expected {wanted} by {CONFIG_NAME}, got {found}."
                     )
-            return {name: file.get_tensor(name).double() for name in shapes}
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in shapes}
     except (OSError, SafetensorError) as error:
         raise TrainError(f"SAE weights at {path}: expected safetensors, got: {error}.") from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TrainError(f"{name} at {path}: expected floating point, got {tensor.dtype}.")
+    return {name: tensor.double() for name, tensor in tensors.items()}
 
 
 def _subtract_b_dec(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -163,8 +172,9 @@ def _subtract_b_dec(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _scale_by_norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Latents z |W_dec|, which are divided by |W_dec| again before they are decoded."""
     norms = torch.linalg.vector_norm(tensors["W_dec"], dim=1)
+    divisors = norms.where(norms > 0, 1)  # a row of zeros stays one
     return tensors | {
         "W_enc": tensors["W_enc"] * norms,
         "b_enc": tensors["b_enc"] * norms,
-        "W_dec": tensors["W_dec"] / norms[:, None],
+        "W_dec": tensors["W_dec"] / divisors[:, None],
     }

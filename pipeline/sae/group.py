@@ -14,7 +14,7 @@ class Group:
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """All processes' tensors, of equal shape, one after the other along the first axis."""
+        """All processes' tensors one after the other; their first axes may differ in length."""
         return tensor
 
 

@@ -91,7 +91,7 @@ def load_sae(folder: Path, *, device: str | torch.device = "cpu") -> SparseAutoe
                 exclude={"architecture", "options", "training"}
             )
             sae = ARCHITECTURES[config.architecture](**arguments, **config.options)
-    except (ConfigError, TypeError) as error:
+    except (ConfigError, TypeError, RuntimeError) as error:  # the last: no such shape
         raise TrainError(f"SAE configuration at {folder / CONFIG_NAME}: {error}") from None
     expected = {name: list(tensor.shape) for name, tensor in sae.state_dict().items()}
     try:
@@ -101,6 +101,7 @@ def load_sae(folder: Path, *, device: str | torch.device = "cpu") -> SparseAutoe
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in expected}
     except (OSError, SafetensorError) as error:
         raise TrainError(f"SAE weights at {path}: expected safetensors, got: {error}.") from None
+    _check_dtypes(path, sae, tensors)
     sae.load_state_dict(tensors, assign=True)
     return sae.to(device)
 
@@ -110,13 +111,13 @@ def read_sae_config(folder: Path) -> SaeConfig:
     path = folder / CONFIG_NAME
     try:
         return SaeConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TrainError(f"SAE configuration at {path}: expected JSON, got: {error}.") from None
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         raise TrainError(f"SAE configuration at {path}: {key}: {message}.") from None
+    except (OSError, ValueError, RecursionError) as error:  # the last: brackets without end
+        raise TrainError(f"SAE configuration at {path}: expected JSON, got: {error}.") from None
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -136,3 +137,12 @@ def _compare_shapes(path: Path, expected: dict[str, list[int]], got: dict[str, l
         wanted, found = expected.get(name, "no such tensor"), got.get(name, "no such tensor")
         if wanted != found:
             raise TrainError(f"{name} at {path}: expected {wanted} by {CONFIG_NAME}, got {found}.")
+
+
+def _check_dtypes(path: Path, sae: SparseAutoencoder, tensors: Mapping[str, Tensor]) -> None:
+    """All floating tensors have W_enc's dtype, which may be another than float32."""
+    floating = tensors["W_enc"].dtype if tensors["W_enc"].is_floating_point() else torch.float32
+    for name, tensor in sae.state_dict().items():
+        wanted = floating if tensor.is_floating_point() else tensor.dtype
+        if tensors[name].dtype != wanted:
+            raise TrainError(f"{name} at {path}: expected {wanted}, got {tensors[name].dtype}.")

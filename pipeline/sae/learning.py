@@ -45,9 +45,9 @@ class StepMetrics(NamedTuple):
     """How one SAE did on one batch before it learned from it, with the gradient in its
     selection."""
 
-    loss: float  # squared error of the scaled input, summed over d_model, averaged over the batch
+    loss: float  # reconstruction_loss or the objective, averaged over the rows of all processes
     penalty: float  # all else that was minimised: AuxK, sparsity, load balance; likewise averaged
-    nmse: float  # mean over rows of ||x - x̂|| / ||x||, the ratio that the paper prints
+    nmse: float  # mean over rows of ||x - x̂|| / ||x||, as the paper prints; 0 where x is 0
     nmse_squared: float  # mean over rows of the squared ratio
     l0: float  # mean number of latents above zero per row
     dead_latents: int  # latents that were not above zero in the last DEAD_AFTER_TOKENS tokens
@@ -147,8 +147,8 @@ def _measure(
     fired[indices[active]] = 1
     idle_tokens += n_rows
     idle_tokens[sae.group.sum(fired) > 0] = 0
-    tiny = torch.finfo(acts.dtype).tiny
-    ratio = (acts - recon).norm(dim=1) / acts.norm(dim=1).clamp_min(tiny)
+    norms = acts.norm(dim=1)
+    ratio = ((acts - recon).norm(dim=1) / norms).where(norms > 0, 0)
     means = [loss, penalty, ratio.mean(), ratio.square().mean(), active.sum() / len(acts)]
     if full and sae.selects and grads is not None:
         shared = count_shared(passed.latents, sae.encode(acts, None, tokens), d_sae=sae.d_sae)

@@ -19,10 +19,10 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Latents(NamedTuple):
-    """A sparse code: k latents per row, in no particular order."""
+    """A sparse code: the latents that rows may use, in no particular order."""
 
-    values: Float[Tensor, "batch k"]  # after the ReLU, never negative; in units of the scaled input
-    indices: Int[Tensor, "batch k"]  # int64, distinct within a row
+    values: Float[Tensor, "batch width"]  # never negative, 0: unused; in units of the scaled input
+    indices: Int[Tensor, "batch width"]  # int64, distinct within a row where values are above zero
 
 
 def select(

@@ -104,7 +104,7 @@ class SwitchSAE(SparseAutoencoder):
                 product_dtype=self.product_dtype,
             )
             for expert, rows in enumerate(row_groups)
-            if len(rows)
+            if len(rows) or not len(x)
         }
         back = order.argsort()
         values = torch.cat([part.values for part in parts.values()])[back]

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pipeline.errors import TrainError
+from pipeline.errors import ConfigError, TrainError
 from pipeline.sae.base import TrainingPass
 from pipeline.sae.selection import Latents
 from pipeline.sae.topk import TopKSAE
@@ -28,12 +28,15 @@ class TokenizedSAE(TopKSAE):
         T[t] += max(1 / n_t, MIN_STEP) * mean over the rows of t of s (x - x̂)
 
     where n_t is the number of batches that had t, this one included: a step down the squared error
-    of these rows, the whole way to its minimum the first time.
+    of these rows, the whole way to its minimum the first time. A token beyond the table, which
+    training never met, adds nothing.
 
     Differs: the paper learns T by Adam, from half of each token's mean activation. Adam's step is
-    dense: measured on one busy core at 50,257 tokens, d_model 768 and 4096 rows, it takes 0.40 s
-    with its backward, and 3 tensors as large as T; this rule takes 0.055 s. T follows the
-    squared error, whatever else is minimised, and is left out of clipping and of averaged weights.
+    dense, and needs three more tensors as large as T; this rule touches the batch's tokens only. T
+    follows the squared error, whatever else is minimised, and is left out of clipping and of
+    averaged weights.
+
+    Raises ConfigError if n_tokens is not positive.
     """
 
     architecture: ClassVar[str] = "tokenized"
@@ -44,6 +47,10 @@ class TokenizedSAE(TopKSAE):
 
     def __init__(self, *, n_tokens: int, **settings: Any) -> None:
         super().__init__(**settings)
+        if n_tokens < 1:
+            raise ConfigError(
+                f"n_tokens at TokenizedSAE: expected a positive number, got {n_tokens}."
+            )
         self.n_tokens = n_tokens
         self.register_buffer("lookup", torch.zeros(n_tokens, self.d_model))
         self.register_buffer("n_batches", torch.zeros(n_tokens, dtype=torch.int64))
@@ -63,7 +70,9 @@ class TokenizedSAE(TopKSAE):
                 "tokens for TokenizedSAE: expected the token ids of the rows, got none. Pass "
                 "tokens=, or take an architecture that needs none."
             )
-        return super().decode(latents) + self.lookup[tokens] / self.input_scale
+        known = (tokens >= 0) & (tokens < self.n_tokens)
+        added = self.lookup[tokens.where(known, 0)] * known[:, None]
+        return super().decode(latents) + added / self.input_scale
 
     def train_forward(
         self,
@@ -71,9 +80,17 @@ class TokenizedSAE(TopKSAE):
         grads: Float[Tensor, "batch d_model"] | None = None,
         tokens: Int[Tensor, " batch"] | None = None,
     ) -> TrainingPass:
-        """As forward; what it leaves over is kept for `after_step`."""
+        """As forward; what it leaves over is kept for `after_step`.
+
+        Raises TrainError for a token beyond the table.
+        """
         passed = super().train_forward(acts, grads, tokens)
         assert tokens is not None  # or decode would have raised
+        if ((tokens < 0) | (tokens >= self.n_tokens)).any():
+            raise TrainError(
+                f"tokens for TokenizedSAE: expected ids below n_tokens = {self.n_tokens}, got "
+                f"{int(tokens.min())} to {int(tokens.max())}. Give it a larger n_tokens."
+            )
         self._last = tokens, ((acts - passed.recon) * self.input_scale).detach()
         return passed
 

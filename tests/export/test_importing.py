@@ -51,6 +51,7 @@ REFUSED = [
         r"the store has \(blocks.1.hook_resid_post\), got None. Pass --hook.",
     ),
     ({"architecture": "temporal"}, {}, TrainError, "architecture at "),
+    ({"metadata": [6]}, {}, TrainError, r"metadata at .*expected an object, got \[6\]"),
     ({"exclude_positions": [0.5]}, {}, TrainError, r"exclude_positions of .*got \[0.5\]"),
 ]
 

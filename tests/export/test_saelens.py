@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -159,6 +160,7 @@ REFUSED = [
     ({"k": 25}, "cfg.json: k at TopKSAE: expected 1 to d_sae = 24, got 25"),
     ({"k": "three"}, "k at .*expected a positive integer, got 'three'"),
     ({"metadata": "none"}, "metadata at .*expected an object"),
+    ({"architecture": ["topk"]}, r"architecture at .*got \['topk'\]"),
 ]
 
 
@@ -167,6 +169,39 @@ def test_what_has_no_counterpart_is_refused(folder, changes, message):
     change(folder, **changes)
     with pytest.raises(TrainError, match=message):
         load_saelens(folder)
+
+
+@pytest.mark.parametrize("k", [2.5, "three", True, 0])
+def test_a_recorded_k_of_no_use_is_refused(exported, tmp_path, k):
+    shutil.copytree(exported / "relu", tmp_path / "relu")
+    metadata = json.loads((tmp_path / "relu" / "cfg.json").read_text())["metadata"]
+    change(tmp_path / "relu", metadata=metadata | {"k": k})
+    with pytest.raises(TrainError, match=f"k at .*expected a positive integer, got {k!r}"):
+        load_saelens(tmp_path / "relu")
+
+
+def test_tensors_that_are_not_floating_point_are_refused(folder):
+    path = folder / "sae_weights.safetensors"
+    tensors = load_file(path)
+    for dtype in (torch.int64, torch.complex64):
+        save_file(tensors | {"W_enc": tensors["W_enc"].to(dtype)}, path)
+        with pytest.raises(TrainError, match=f"W_enc at .*expected floating point, got {dtype}"):
+            load_saelens(folder)
+
+
+@torch.no_grad()
+def test_norms_scale_topk_alone_and_a_decoder_row_may_be_zero(exported, folder, tmp_path):
+    shutil.copytree(exported / "gated", tmp_path / "gated")
+    change(tmp_path / "gated", rescale_acts_by_decoder_norm=True)
+    same, plain = load_saelens(tmp_path / "gated"), load_saelens(exported / "gated")
+    assert torch.equal(same(make_inputs()).recon, plain(make_inputs()).recon)
+
+    path = folder / "sae_weights.safetensors"
+    tensors = load_file(path)
+    tensors["W_dec"][3] = 0
+    save_file(tensors, path)
+    change(folder, rescale_acts_by_decoder_norm=True)
+    assert load_saelens(folder).W_dec.isfinite().all()
 
 
 def test_damaged_and_foreign_files_are_refused(folder):

@@ -83,6 +83,7 @@ BROKEN_CONFIGS = [
     ({"beta": -1.0}, "beta: Input should be greater"),
     ({"d_sae": 21}, r"W_dec at .*expected \[21, 6\] by config.json, got \[20, 6\]"),
     ({"d_sae": 10**15}, "W_dec at"),  # nothing of that size is allocated
+    ({"d_sae": 10**18}, "config.json: Storage size"),  # more bytes than can be counted
 ]
 
 
@@ -97,9 +98,10 @@ def test_a_config_that_disagrees_is_refused(folder: Path, change: dict, message:
 
 
 def test_a_config_that_is_missing_or_no_json_is_refused(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
-    with pytest.raises(TrainError, match=r"config.json: expected JSON"):
-        load_sae(folder)
+    for text in ("{", "[" * 100_000, '{"k": ' + "1" * 5000 + "}"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(TrainError, match=r"config.json: expected JSON"):
+            load_sae(folder)
     (folder / "config.json").unlink()
     with pytest.raises(TrainError, match=r"config.json: expected JSON"):
         load_sae(folder)
@@ -133,3 +135,19 @@ def test_nan_is_not_written_over_a_good_file(sae: TopKSAE, folder: Path) -> None
     with pytest.raises(TrainError, match="W_enc of the SAE"):
         save_sae(sae, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float16])
+def test_a_tensor_of_another_dtype_than_the_others_is_refused(
+    folder: Path, dtype: torch.dtype
+) -> None:
+    path = folder / "sae.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"W_dec": tensors["W_dec"].to(dtype)}, path)
+    with pytest.raises(TrainError, match=f"W_dec at .*expected torch.float32, got {dtype}"):
+        load_sae(folder)
+
+
+def test_float64_weights_come_back_as_they_are(sae: TopKSAE, tmp_path: Path) -> None:
+    save_sae(sae.double(), tmp_path / "double")
+    assert {p.dtype for p in load_sae(tmp_path / "double").parameters()} == {torch.float64}

@@ -105,6 +105,13 @@ def test_experts_without_rows_are_left_out() -> None:
     assert sae.W_enc.grad[:, used].any()
 
 
+def test_no_rows_give_no_latents() -> None:
+    sae, (acts, grads) = make_sae(), draw()
+    recon, latents = sae(acts[:0], grads[:0])
+    assert recon.shape == (0, sae.d_model)
+    assert latents.values.shape == (0, sae.k)
+
+
 def test_one_expert_is_topk() -> None:
     acts, grads = draw()
     sae, plain = SwitchSAE(n_experts=1, **SETTINGS).double(), TopKSAE(**SETTINGS).double()

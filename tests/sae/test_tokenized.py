@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.errors import TrainError
+from pipeline.errors import ConfigError, TrainError
 from pipeline.sae import TopKSAE, init_weights, load_sae, save_sae, start_learning, take_step
 from pipeline.sae.group import Group
 from pipeline.sae.tokenized import MIN_STEP, TokenizedSAE
@@ -163,3 +163,19 @@ def test_the_optimizer_holds_no_table_and_the_file_does(tmp_path: Path) -> None:
     init_weights(sae, acts, seed=0, scale_input=True)
     assert not sae.lookup.any()
     assert not sae.n_batches.any()
+
+
+def test_a_token_beyond_the_table_adds_nothing_and_is_not_trained_on() -> None:
+    (sae, plain), (acts, grads, _) = make_pair(), draw(3)
+    tokens = torch.tensor([N_TOKENS, 2, -1])
+
+    recon, expected = sae(acts, grads, tokens).recon, plain(acts, grads).recon
+    expected[1] += sae.lookup[2] / 0.5
+    torch.testing.assert_close(recon, expected)
+    with pytest.raises(TrainError, match=f"below n_tokens = {N_TOKENS}, got -1 to {N_TOKENS}"):
+        sae.train_forward(acts, grads, tokens)
+
+
+def test_a_table_without_rows_is_refused() -> None:
+    with pytest.raises(ConfigError, match="n_tokens at TokenizedSAE: expected a positive"):
+        TokenizedSAE(n_tokens=0, d_model=6, d_sae=20, k=3)

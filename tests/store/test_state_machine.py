@@ -83,8 +83,12 @@ class World:
         self.good = Path(write_store(Path(self.folder.name) / "good", spec).where)
         self.files = {k: v for k, v in list_files(self.good).items() if k != PROVENANCE_NAME}
         self.rows = all_rows(spec)
-        n_bytes = [len(content) for path, content in self.files.items() if "/c/" in path]
-        self.cache_bytes = max(sum(n_bytes) // 3, max(n_bytes))
+        of_shard = Counter()
+        for path, content in self.files.items():
+            if "/c/" in path:
+                of_shard[path.partition("/c/")[2].split("/")[0]] += len(content)
+        self.cache_bytes = 2 * max(of_shard.values())  # a stream's window has to fit
+        assert self.cache_bytes < sum(of_shard.values())
         self.n_slots_of = [shard.n_rows for shard in spec.layout.shards]
 
 
