@@ -134,6 +134,8 @@ def train(
             for step, batch in batches:
                 check_rows(batch, d_model=d_model, step=step)
                 acts = batch.acts.to(device, torch.float32)
+                grads = batch.grads.to(device, torch.float32)
+                token_ids = batch.tokens.to(device)
                 if not members:
                     members = [
                         start_member(spec, exact, acts, n_tokens=n_tokens, group=group)
@@ -149,8 +151,8 @@ def train(
                         metrics[name] = step_member(
                             member,
                             acts,
-                            batch.grads.to(device, torch.float32),
-                            batch.tokens.to(device),
+                            grads,
+                            token_ids,
                             config=exact,
                             lr=lr,
                             k=find_k(config, step - 1, n_steps, k=member.spec.k),

@@ -3,11 +3,9 @@
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from pipeline.sae.base import TrainingPass, list_dense
-from pipeline.sae.selection import Latents
 from pipeline.sae.sparsity import L1_GAINS, Gains, SteeredSAE
 
 
@@ -55,34 +53,19 @@ class GatedSAE(SteeredSAE):
         self.b_mag.copy_(-levels)
         self.r_mag.zero_()
 
-    def encode(
-        self,
-        acts: Float[Tensor, "batch d_model"],
-        grads: Float[Tensor, "batch d_model"] | None = None,
-        tokens: Int[Tensor, " batch"] | None = None,
-    ) -> Latents:
-        """All latents; grads play no part."""
-        del grads, tokens
-        return self._open(self.project(acts))
+    def fire(self, projected: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+        magnitude = (projected * self.r_mag.exp() + self.b_mag).relu()
+        return magnitude * (projected + self.b_gate > 0)
 
-    def train_forward(
+    def penalise(
         self,
         acts: Float[Tensor, "batch d_model"],
-        grads: Float[Tensor, "batch d_model"] | None = None,
-        tokens: Int[Tensor, " batch"] | None = None,
-    ) -> TrainingPass:
-        """As forward, with the penalty and the gate's own reconstruction error."""
-        del grads, tokens
-        projected = self.project(acts)
-        latents = self._open(projected)
+        projected: Float[Tensor, "batch d_sae"],
+        values: Float[Tensor, "batch d_sae"],
+    ) -> Float[Tensor, ""]:
+        del values
         gate = (projected + self.b_gate).relu()
         W_dec, b_dec = self.W_dec.detach(), self.b_dec.detach()
         l1 = (gate @ W_dec.norm(dim=1)).mean()
         error = self.scale_rows(acts) - b_dec - gate @ W_dec
-        auxiliary = error.square().sum(dim=1).mean()
-        penalty = self.sparsity_weight * l1 + auxiliary
-        return TrainingPass(self.decode(latents), latents, penalty)
-
-    def _open(self, projected: Tensor) -> Latents:
-        magnitude = (projected * self.r_mag.exp() + self.b_mag).relu()
-        return list_dense(magnitude * (projected + self.b_gate > 0))
+        return self.sparsity_weight * l1 + error.square().sum(dim=1).mean()

@@ -3,14 +3,12 @@
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pipeline.errors import ConfigError
-from pipeline.sae.base import TrainingPass, list_dense
-from pipeline.sae.selection import Latents
 from pipeline.sae.sparsity import Gains, SteeredSAE
 
 # A threshold moves by a factor of about 1 + lr in a step, whatever the weight. So the weight is
@@ -77,28 +75,18 @@ class JumpReluSAE(SteeredSAE):
         self.log_threshold.copy_(threshold.log())
         self.b_enc.copy_(threshold - factor * levels)
 
-    def encode(
-        self,
-        acts: Float[Tensor, "batch d_model"],
-        grads: Float[Tensor, "batch d_model"] | None = None,
-        tokens: Int[Tensor, " batch"] | None = None,
-    ) -> Latents:
-        """All latents; grads play no part."""
-        del grads, tokens
-        return list_dense(jump(self.project(acts) + self.b_enc, self.threshold, self.bandwidth))
+    def fire(self, projected: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+        return jump(projected + self.b_enc, self.threshold, self.bandwidth)
 
-    def train_forward(
+    def penalise(
         self,
         acts: Float[Tensor, "batch d_model"],
-        grads: Float[Tensor, "batch d_model"] | None = None,
-        tokens: Int[Tensor, " batch"] | None = None,
-    ) -> TrainingPass:
-        """As forward, with the penalty."""
-        del grads, tokens
-        pre_acts, threshold = self.project(acts) + self.b_enc, self.threshold
-        latents = list_dense(jump(pre_acts, threshold, self.bandwidth))
-        l0 = count_above(pre_acts, threshold, self.bandwidth)
-        return TrainingPass(self.decode(latents), latents, self.sparsity_weight * l0)
+        projected: Float[Tensor, "batch d_sae"],
+        values: Float[Tensor, "batch d_sae"],
+    ) -> Float[Tensor, ""]:
+        del acts, values
+        l0 = count_above(projected + self.b_enc, self.threshold, self.bandwidth)
+        return self.sparsity_weight * l0
 
 
 def jump(

@@ -3,11 +3,9 @@
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.sae.base import TrainingPass, list_dense
-from pipeline.sae.selection import Latents
 from pipeline.sae.sparsity import L1_GAINS, Gains, SteeredSAE
 
 
@@ -36,24 +34,14 @@ class ReluSAE(SteeredSAE):
         del centred
         self.b_enc.copy_(-levels)
 
-    def encode(
-        self,
-        acts: Float[Tensor, "batch d_model"],
-        grads: Float[Tensor, "batch d_model"] | None = None,
-        tokens: Int[Tensor, " batch"] | None = None,
-    ) -> Latents:
-        """All latents; grads play no part."""
-        del grads, tokens
-        return list_dense((self.project(acts) + self.b_enc).relu())
+    def fire(self, projected: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+        return (projected + self.b_enc).relu()
 
-    def train_forward(
+    def penalise(
         self,
         acts: Float[Tensor, "batch d_model"],
-        grads: Float[Tensor, "batch d_model"] | None = None,
-        tokens: Int[Tensor, " batch"] | None = None,
-    ) -> TrainingPass:
-        """As forward, with the penalty."""
-        del grads, tokens
-        recon, latents = self(acts)
-        l1 = (latents.values @ self.W_dec.norm(dim=1)).mean()
-        return TrainingPass(recon, latents, self.sparsity_weight * l1)
+        projected: Float[Tensor, "batch d_sae"],
+        values: Float[Tensor, "batch d_sae"],
+    ) -> Float[Tensor, ""]:
+        del acts, projected
+        return self.sparsity_weight * (values @ self.W_dec.norm(dim=1)).mean()

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pipeline.sae.base import SparseAutoencoder
+from pipeline.sae.base import SparseAutoencoder, TrainingPass, list_dense
 from pipeline.sae.selection import Latents
 
 SMOOTHING = 0.9  # of log (L0 / k), per step
@@ -97,6 +97,42 @@ class SteeredSAE(SparseAutoencoder):
     ) -> None:
         """Make latent i fire where centred @ W_enc, now, is above levels[i]; W_enc may change."""
         raise NotImplementedError
+
+    def fire(self, projected: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+        """The latents' values, of what `project` gives."""
+        raise NotImplementedError
+
+    def penalise(
+        self,
+        acts: Float[Tensor, "batch d_model"],
+        projected: Float[Tensor, "batch d_sae"],
+        values: Float[Tensor, "batch d_sae"],
+    ) -> Float[Tensor, ""]:
+        """The penalty, averaged over the batch's rows, of what `project` and `fire` give."""
+        raise NotImplementedError
+
+    def encode(
+        self,
+        acts: Float[Tensor, "batch d_model"],
+        grads: Float[Tensor, "batch d_model"] | None = None,
+        tokens: Int[Tensor, " batch"] | None = None,
+    ) -> Latents:
+        """All latents; grads play no part."""
+        del grads, tokens
+        return list_dense(self.fire(self.project(acts)))
+
+    def train_forward(
+        self,
+        acts: Float[Tensor, "batch d_model"],
+        grads: Float[Tensor, "batch d_model"] | None = None,
+        tokens: Int[Tensor, " batch"] | None = None,
+    ) -> TrainingPass:
+        """As forward, with the penalty."""
+        del grads, tokens
+        projected = self.project(acts)
+        latents = list_dense(self.fire(projected))
+        penalty = self.penalise(acts, projected, latents.values)
+        return TrainingPass(self.decode(latents), latents, penalty)
 
     def project(self, acts: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_sae"]:
         """(s x - b_dec) @ W_enc, rounded to `product_dtype` where there is one."""
