@@ -45,8 +45,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=4, help="runs of each kind")
     parser.add_argument("--shards", type=int, default=N_SHARDS)
     parser.add_argument("--d-sae", type=int, default=15360)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
-    changes = {"train.betas": [1e5], "train.ks": [32], "train.d_sae": arguments.d_sae}
+    changes = {
+        "train.betas": [1e5],
+        "train.ks": [32],
+        "train.d_sae": arguments.d_sae,
+        "train.precision": arguments.precision,
+    }
     config = load_config(PROFILE, changes).train
     with tempfile.TemporaryDirectory(dir=arguments.dir) as scratch:
         spec = make_spec("float16", "none", arguments.shards)
