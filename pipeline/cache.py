@@ -79,9 +79,10 @@ def estimate_seconds(plan: CachePlan) -> float:
     settings, n_blocks = plan.settings, min(plan.settings.batch_blocks, 4)
     model = _load_model(settings)
     tokens = torch.randint(model.facts.d_vocab, (n_blocks, plan.spec.context_length + 1))
-    capture(model, tokens, plan.spec.hooks, precision=settings.precision)  # warms up
+    run = functools.partial(capture, precision=settings.precision, loss=settings.loss)
+    run(model, tokens, plan.spec.hooks)  # warms up
     started = time.perf_counter()
-    capture(model, tokens, plan.spec.hooks, precision=settings.precision)
+    run(model, tokens, plan.spec.hooks)
     seconds = time.perf_counter() - started
     n_rows = sum(shard.n_rows for shard in plan.missing)
     return seconds * n_rows / (n_blocks * plan.spec.context_length)
@@ -146,7 +147,14 @@ def _capture_batches(
         blocks = corpus.read_blocks("train", first, min(settings.batch_blocks, end - first))
         tokens = torch.from_numpy(blocks.tokens).long().to(settings.device)
         lengths = torch.from_numpy(blocks.lengths).to(settings.device)
-        captured = capture(model, tokens, spec.hooks, lengths=lengths, precision=settings.precision)
+        captured = capture(
+            model,
+            tokens,
+            spec.hooks,
+            lengths=lengths,
+            precision=settings.precision,
+            loss=settings.loss,
+        )
         position = torch.arange(spec.context_length).expand(len(tokens), -1)
         real = position < lengths.cpu()[:, None]
         block = (first + torch.arange(len(tokens)))[:, None].expand_as(position)

@@ -40,6 +40,7 @@ class CaptureSettings(NamedTuple):
     checkpoint: Path
     weights_hash: str
     weight_processing: str
+    loss: str  # full | own
     precision: str
     batch_blocks: int
     device: str  # of a cluster's workers as it was asked for: auto is what each of them has
@@ -119,6 +120,7 @@ def plan_cache(
             checkpoint=checkpoint,
             weights_hash=weights_hash,
             weight_processing=config.model.weight_processing,
+            loss=config.cache.loss,
             precision=config.cache.precision,
             batch_blocks=config.cache.batch_blocks,
             device=device,
@@ -194,6 +196,7 @@ def identify(
         "corpus": corpus_fingerprint,
         "hooks": list(hooks),
         "context_length": config.corpus.context_length,
+        "loss": config.cache.loss,  # stores without this field are "full"
         "loss_reduction": "sum",
         "precision": config.cache.precision,
         "batch_blocks": config.cache.batch_blocks,

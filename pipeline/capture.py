@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pipeline.attention import own_loss_hooks
 from pipeline.errors import CaptureError, ModelError
 from pipeline.model import LanguageModel, check_hooks, final_hidden, row_losses
 from pipeline.model.sites import Hook
@@ -23,7 +24,7 @@ class Captured(NamedTuple):
     """What one batch says; float32, or float64 for a float64 model."""
 
     acts: dict[str, Tensor]  # per hook [batch, context, d_model]
-    grads: dict[str, Tensor]  # the same; of the summed loss, nats per unit; 0 on padding
+    grads: dict[str, Tensor]  # the same; of the summed or own loss, nats per unit; 0 on padding
     loss: Tensor  # [batch, context], nats; 0 on padding
 
 
@@ -49,29 +50,35 @@ def capture(
     *,
     lengths: Int[Tensor, " batch"] | None = None,
     precision: str = "float32",
+    loss: str = "full",
 ) -> Captured:
-    """Activations at `hooks`, gradients of the summed loss there, and losses, from one pass.
+    """Activations at `hooks`, gradients of the loss there, and losses, from one pass.
 
-        L = sum over real rows i of -log p(token_{i+1} | token_0 .. token_i)
-        grads = dL / d acts
+        L = sum over real rows i of L_i        L_i = -log p(token_{i+1} | token_0 .. token_i)
+        grads_i = dL / d acts_i                loss "full": a row's own target and all later ones
+        grads_i = dL_i / d acts_i              loss "own": its own target alone
 
     tokens [batch, context + 1]: the last is only a target. Rows from lengths[b] on are padding:
     their loss is 0 and no part of L, and attention being causal they do not reach real rows.
-    precision "bfloat16" runs both passes under autocast.
+    precision "bfloat16" runs both passes under autocast. acts and loss are the same numbers for
+    either loss; "own" cuts the backward pass between positions (`pipeline.attention`).
 
     L is summed, not averaged, so that a row's gradient does not depend on what else is in the
     batch. Differs: the paper names no reduction, and smol-sae, which it builds on, takes the mean.
 
-    Raises ModelError if the model lacks a hook or it has another width; CaptureError if tokens or
-    lengths are out of range, or if an activation, loss or gradient is missing or not finite, or all
-    of a hook's gradients are 0.
+    Raises ModelError if the model lacks a hook, it has another width, or for loss "own" attention
+    cannot be cut; CaptureError if tokens or lengths are out of range, or if an activation, loss or
+    gradient is missing or not finite, or all of a hook's gradients are 0.
     """
+    if loss not in ("full", "own"):
+        raise ValueError(f"loss: expected full or own, got {loss!r}")
     check_hooks(model, hooks)
     batch = _split_blocks(model, tokens, lengths)
+    cuts = own_loss_hooks(model) if loss == "own" else []
     taps: dict[str, _Tap] = {}
     tap_hooks = [tap for hook in hooks for tap in _watch(hook, taps, model, batch)]
     with torch.enable_grad(), autocast(model, precision):
-        hidden = final_hidden(model.bridge, batch.inputs, tap_hooks)
+        hidden = final_hidden(model.bridge, batch.inputs, [*tap_hooks, *cuts])
     for hook in hooks:
         if hook not in taps:
             raise _not_once(hook, "none")
@@ -101,6 +108,21 @@ def patched_loss(
     from it, at every position. tokens, lengths and precision as in `capture`. Raises ModelError if
     the model lacks the hook, CaptureError if tokens or lengths are out of range.
     """
+    hidden = patched_hidden(model, tokens, hook, replacement, lengths=lengths, precision=precision)
+    batch = _split_blocks(model, tokens, lengths)
+    return _spread(_score(model, hidden, batch, precision).loss, batch.real)
+
+
+def patched_hidden(
+    model: LanguageModel,
+    tokens: Int[Tensor, "batch tokens"],
+    hook: str,
+    replacement: Float[Tensor, "batch context d_model"],
+    *,
+    lengths: Int[Tensor, " batch"] | None = None,
+    precision: str = "float32",
+) -> Float[Tensor, "batch context d_model"]:
+    """What the unembedding reads in the run of `patched_loss`; raises what that does."""
     check_hooks(model, [hook])
     batch = _split_blocks(model, tokens, lengths)
     fired: list[str] = []
@@ -109,7 +131,7 @@ def patched_loss(
         hidden = final_hidden(model.bridge, batch.inputs, put_hooks)
     if not fired:
         raise _not_once(hook, "none")
-    return _spread(_score(model, hidden, batch, precision).loss, batch.real)
+    return hidden
 
 
 def _split_blocks(model: LanguageModel, tokens: Tensor, lengths: Tensor | None) -> _Batch:

@@ -50,6 +50,9 @@ Architecture = Literal[
     "topk", "batch_topk", "relu", "gated", "jumprelu", "tokenized", "switch", "end_to_end"
 ]
 Architectures = Annotated[tuple[Architecture, ...], _Items, Field(min_length=1), Different]
+Gradients = Annotated[
+    tuple[Literal["cached", "shuffled"], ...], _Items, Field(min_length=1), Different
+]
 Loggers = Annotated[tuple[Literal["wandb", "tensorboard"], ...], _Items, Different]
 
 
@@ -88,6 +91,7 @@ class CacheConfig(Section):
 
     hook: str  # resid_pre, resid_mid, resid_post, attn_out, mlp_out, or a TransformerLens hook name
     layers: Annotated[Indices, Field(min_length=1)]  # all from one pass over the model
+    loss: Literal["full", "own"]  # whose gradient: of a token's own and all later losses, or own
     acts_dtype: NumberFormat  # float32, float16, bfloat16, or int8 with scales
     grads_dtype: NumberFormat  # the same, for gradients
     compression: Literal["none", "zstd", "blosc"]  # of every chunk; blosc: bit-shuffle, then zstd
@@ -98,14 +102,15 @@ class CacheConfig(Section):
 
 
 class TrainConfig(Section):
-    """Which SAEs, and how they train; betas x ks x seeds share one pass over the stream."""
+    """Which SAEs, and how they train; betas x gradients x ks x d_saes x seeds share one pass."""
 
     hook: str | None  # which of the store's hooks; null where it has only one
-    architectures: Architectures  # all of them, with every beta (if they select), k and seed
+    architectures: Architectures  # all of them, with every beta (if they select), k, d_sae and seed
     betas: Weights  # weight of the gradient in the selection; 0 is TopK
+    gradients: Gradients  # cached: each row's own; shuffled: another row's, a control for beta > 0
     ks: Counts  # latents kept per row, or the mean number wanted of an architecture without k
     seeds: Annotated[Indices, Field(min_length=1)]  # of the decoder's start
-    d_sae: Count  # latents
+    d_saes: Counts  # latents
     loss_tokens: Count  # beta / loss_tokens weighs the gradient of the summed loss
     n_experts: Count  # of a switch SAE
     jumprelu_bandwidth: Rate  # in units of the scaled input, for the thresholds' gradient
@@ -138,24 +143,37 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> "TrainConfig":
-        if max(self.ks) > self.d_sae:
-            raise ValueError(f"ks: expected at most d_sae = {self.d_sae}, got {max(self.ks)}")
+        self._check_sizes()
         if self.tokens is not None and self.steps is not None:
             raise ValueError("steps: expected null where tokens is set, got both")
-        if self.k_start is not None and not max(self.ks) <= self.k_start <= self.d_sae:
+        if self.lr_warmup_fraction + self.lr_decay_fraction > 1:
+            raise ValueError("lr_warmup_fraction + lr_decay_fraction: expected at most 1 together")
+        return self
+
+    def _check_sizes(self) -> None:
+        """Every k fits every d_sae and, of a switch SAE, every expert."""
+        largest, smallest = max(self.ks), min(self.d_saes)
+        if largest > smallest:
+            raise ValueError(f"ks: expected at most d_sae = {smallest}, got {largest}")
+        if self.k_start is not None and not largest <= self.k_start <= smallest:
             raise ValueError(
-                f"k_start: expected {max(self.ks)} (the largest of ks) to d_sae = {self.d_sae}, "
+                f"k_start: expected {largest} (the largest of ks) to d_sae = {smallest}, "
                 f"got {self.k_start}"
             )
-        expert = self.d_sae // self.n_experts
-        if "switch" in self.architectures and (self.k_start or 0) > expert:
+        if "switch" not in self.architectures:
+            return
+        for d_sae in self.d_saes:
+            if d_sae % self.n_experts or largest > d_sae // self.n_experts:
+                raise ValueError(
+                    f"n_experts: expected a divisor of d_sae = {d_sae} that leaves each expert at "
+                    f"least k = {largest} latents, got {self.n_experts}"
+                )
+        expert = smallest // self.n_experts
+        if (self.k_start or 0) > expert:
             raise ValueError(
                 f"k_start: expected at most d_sae / n_experts = {expert} for switch, "
                 f"got {self.k_start}"
             )
-        if self.lr_warmup_fraction + self.lr_decay_fraction > 1:
-            raise ValueError("lr_warmup_fraction + lr_decay_fraction: expected at most 1 together")
-        return self
 
 
 class EvaluateConfig(Section):
@@ -164,6 +182,25 @@ class EvaluateConfig(Section):
     tokens: Count | None  # null is all that the corpus holds out
     batch_blocks: Count  # blocks per model batch
     loss_tokens: Counts  # beta * |a| / loss_tokens is reported for each
+
+
+class EvidenceConfig(Section):
+    """How much of each of the paper's experiments is repeated; see docs/evidence.md."""
+
+    bootstrap_draws: Count  # resamplings behind each interval
+    sensitivity_rows: Index  # held-out rows per layer (Fig. 2); 0 leaves the measurement out
+    perturbation_layers: Indices | None  # layers perturbed (Fig. 3); null: all
+    perturbation_sizes: Weights  # mean norms, as fractions of the site's mean norm
+    perturbation_samples: Index  # perturbed sequences per site, layer and size; 0 leaves it out
+    perturbation_context: Count  # tokens of each sequence
+    steering_latents: Index  # live latents per SAE (Figs. 5 and 6); 0 leaves it out
+    steering_sequences: Count  # sequences that each of them steers
+    steering_context: Count  # tokens of each sequence
+    steering_tokens: Count  # associated tokens of a latent
+    steering_alphas: Weights  # Fig. 5's lengths, in units of the mean norm of the activations
+    steering_alpha: Rate  # Fig. 6's, in the same units
+    splitting_latents: Index  # latents in each tail and the middle (Table 2); 0 leaves it out
+    splitting_blocks: Count  # held-out blocks for their gradients
 
 
 class RunConfig(Section):
@@ -187,6 +224,7 @@ class Config(Section):
     cache: CacheConfig
     train: TrainConfig
     evaluate: EvaluateConfig
+    evidence: EvidenceConfig
     run: RunConfig
 
 

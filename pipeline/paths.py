@@ -21,7 +21,7 @@ _DECIDES = {
     "data": ("model", "corpus"),
     "stores": ("model", "corpus", "cache"),
     "runs": ("model", "corpus", "cache", "train"),
-    "results": ("model", "corpus", "cache", "train", "evaluate"),
+    "results": ("model", "corpus", "cache", "train", "evaluate", "evidence"),
 }
 
 

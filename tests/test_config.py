@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,30 @@ DEMO = CONFIGS / "demo.yaml"
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_profile_is_complete(path):
-    config = load_config(path)
-    assert config.train.betas[0] == 0
-    assert len(config.train.betas) == 2
+    own = path.stem.endswith("-own")  # these have no TopK SAE: their profile without "-own" has it
+    assert (load_config(path).train.betas[0] == 0) != own
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*-own.yaml")), ids=lambda path: path.stem)
+def test_profiles_of_the_own_loss_differ_in_nothing_else(path):
+    base = path.with_stem(path.stem.removesuffix("-own"))
+    full, own = (flatten(load_config(profile).model_dump()) for profile in (base, path))
+    beta = max(full["train.betas"])
+    assert dict(own.items() - full.items()) == {
+        "cache.loss": "own",
+        "train.betas": (beta,),
+        "train.gradients": ("cached",),
+    }
+    for key in ("loss", "betas", "gradients"):
+        assert re.search(rf"^  {key}: .+  # .+", path.read_text(), re.MULTILINE), key
+
+
+def flatten(settings):
+    return {
+        f"{section}.{key}": value
+        for section, values in settings.items()
+        for key, value in values.items()
+    }
 
 
 def test_profiles_list_every_key_in_the_same_order():
@@ -32,6 +54,11 @@ def test_profiles_list_every_key_in_the_same_order():
         ("train.batch_size", 4096.0, "train.batch_size: Input should be a valid integer"),
         ("train.batch_size", True, "train.batch_size: Input should be a valid integer"),
         ("train.ks", [4096], "train.ks: expected at most d_sae = 2048, got 4096"),
+        ("train.d_saes", [64, 31], "train.ks: expected at most d_sae = 31, got 32"),
+        ("train.d_saes", [], "train.d_saes: Tuple should have at least 1 item"),
+        ("train.d_saes", 64, "train.d_saes: Input should be a valid tuple, got 64"),
+        ("train.gradients", [], "train.gradients: Tuple should have at least 1 item"),
+        ("train.gradients", ["own"], "train.gradients.0: Input should be 'cached' or 'shuffled'"),
         ("train.ks", [], "train.ks: Tuple should have at least 1 item"),
         ("train.betas", [1e5, 100000], "train.betas: expected different values"),
         ("cache.layers", [1, 1], "cache.layers: expected different values"),
@@ -66,6 +93,7 @@ def test_profiles_list_every_key_in_the_same_order():
         ("train.lr_warmup_fraction", 0.9, "train.lr_warmup_fraction + lr_decay_fraction"),
         ("train.decoder_norm", "Unit", "train.decoder_norm: Input should be 'unit' or 'free'"),
         ("cache.acts_dtype", "fp15", "cache.acts_dtype: Input should be 'float32', 'float16'"),
+        ("cache.loss", "later", "cache.loss: Input should be 'full' or 'own', got 'later'"),
         ("cache.layers", [-1], "cache.layers.0: Input should be greater than or equal to 0"),
         ("cache.layers", 7, "cache.layers: Input should be a valid tuple, got 7"),
         ("corpus.held_out_fraction", 1.5, "corpus.held_out_fraction: Input should be less than 1"),
@@ -86,12 +114,23 @@ def test_tokens_and_steps_exclude_each_other():
 
 
 def test_k_starts_within_an_expert_of_a_switch_sae():
-    settings = {"train.n_experts": 4, "train.d_sae": 2048, "train.architectures": ["topk"]}
+    settings = {"train.n_experts": 4, "train.d_saes": [2048, 4096], "train.architectures": ["topk"]}
     assert load_config(DEMO, settings | {"train.k_start": 513}).train.k_start == 513
     settings["train.architectures"] = ["topk", "switch"]
     assert load_config(DEMO, settings | {"train.k_start": 512}).train.k_start == 512
     with pytest.raises(ConfigError, match=r"k_start: expected at most .* = 512 .*, got 513"):
         load_config(DEMO, settings | {"train.k_start": 513})
+
+
+@pytest.mark.parametrize(("d_saes", "ks"), [([2048, 62], [4]), ([64, 128], [4, 17])])
+def test_a_switch_sae_of_every_size_has_experts_that_hold_every_k(d_saes, ks):
+    settings = {"train.n_experts": 4, "train.d_saes": d_saes, "train.ks": ks}
+    load_config(DEMO, settings)
+    smallest = min(d_saes)
+    with pytest.raises(
+        ConfigError, match=f"train.n_experts: expected a divisor of d_sae = {smallest} that leaves"
+    ):
+        load_config(DEMO, settings | {"train.architectures": ["switch"]})
 
 
 @pytest.mark.parametrize(
@@ -123,6 +162,11 @@ def test_flags_for_both_lengths_are_refused(tmp_path, monkeypatch):
 def test_an_unknown_key_is_answered_with_the_nearest():
     with pytest.raises(ConfigError, match=r"Did you mean train\.betas\?"):
         load_config(DEMO, {"train.beta": [1.0]})
+
+
+def test_the_key_for_one_size_is_answered_with_that_for_several():
+    with pytest.raises(ConfigError, match=r"Did you mean train\.d_saes\?"):
+        load_config(DEMO, {"train.d_sae": 64})
 
 
 def test_an_unknown_key_in_the_file_is_answered_with_the_nearest(tmp_path):

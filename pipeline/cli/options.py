@@ -32,6 +32,11 @@ FLAGS = {
     "hook": Flag(
         ("cache.hook",), str, "resid_pre|resid_mid|resid_post|attn_out|mlp_out or a hook's name."
     ),
+    "loss": Flag(
+        ("cache.loss",),
+        click.Choice(["full", "own"]),
+        "Gradient of a token's own and all later losses, or of its own alone.",
+    ),
     "dtype": Flag(
         ("cache.acts_dtype", "cache.grads_dtype"),
         click.Choice(["float32", "float16", "bfloat16", "int8"]),
@@ -52,6 +57,7 @@ FLAGS = {
         repeats=True,
     ),
     "k": Flag(("train.ks",), int, "Latents kept per token; repeat for a grid.", repeats=True),
+    "d-sae": Flag(("train.d_saes",), int, "Latents of an SAE; repeat for a grid.", repeats=True),
     "train-tokens": Flag(
         ("train.tokens",), int, "Stop after this many tokens.", clears=("train.steps",)
     ),

@@ -1,10 +1,10 @@
-"""The five stages as commands. Heavy libraries are imported by the command that needs them, so that
-help is quick.
+"""The stages up to trained SAEs as commands. Heavy libraries are imported by the command that needs
+them, so that help is quick.
 """
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,45 +21,8 @@ if TYPE_CHECKING:
 FOLDER = click.Path(path_type=Path)
 
 
-class LocalStore(click.Path):
-    """A store's folder; a URL, which may hold a secret, is not repeated."""
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        from store.errors import is_url
-
-        if is_url(str(value)):
-            self.fail(
-                "expected a folder, got a URL. Copy the store with `pipeline store pull` and name "
-                "the copy, or leave this out.",
-                param,
-                ctx,
-            )
-        return super().convert(value, param, ctx)
-
-
-# Of evaluate and report: the flags by which they find what `train` with the same flags wrote.
-SAME_RUN = {
-    "beta": "beta",
-    "k": "k",
-    "layer": "store-layer",
-    "hook": "store-hook",
-    "model": "model",
-    "tokens": "evaluate-tokens",
-}
-run_option = click.option(
-    "--run", "run_path", type=FOLDER, help="Folder of the SAEs.  [default: runs/<profile>]"
-)
-corpus_option = click.option(
-    "--corpus", "corpus_path", type=FOLDER, help="Token blocks.  [default: data/<profile>]"
-)
 store_url_option = click.option(
     "--store", metavar="PATH|URL", help="Store of activations.  [default: stores/<profile>]"
-)
-store_option = click.option(
-    "--store",
-    "store_path",
-    type=LocalStore(path_type=Path),
-    help="The store they were trained from.  [default: stores/<profile>]",
 )
 
 
@@ -83,6 +46,7 @@ def corpus(run: Invocation, out: Path | None, overwrite: bool) -> None:
 @takes(
     layer="layer",
     hook="hook",
+    loss="loss",
     model="model",
     tokens="corpus-tokens",
     dtype="dtype",
@@ -140,6 +104,7 @@ def cache(
     architecture="architecture",
     beta="beta",
     k="k",
+    d_sae="d-sae",
     seed="train-seed",
     layer="store-layer",
     hook="train-hook",
@@ -159,11 +124,11 @@ def cache(
 @click.option("--out", type=FOLDER, help="Folder of the SAEs.  [default: runs/<profile>]")
 @click.option("--overwrite", is_flag=True, help="Replace SAEs that are there.")
 def train(run: Invocation, store: str | None, out: Path | None, overwrite: bool) -> None:
-    """Train an SAE for every architecture, beta, k and seed from one pass over the store.
+    """Train an SAE for every architecture, beta, gradient, k, d_sae and seed from one pass.
 
-    Members that the run has already, of the same store and settings, are kept. Ctrl-C saves a
-    checkpoint; the same command goes on from the last one. A remote store (s3://, https://, ssh://,
-    dvc+<git>@<rev>:<folder>) is read through a cache, from the first shards that arrive.
+    Members that the run has already, of the same store and settings, are kept. Ctrl-C or SIGTERM
+    saves a checkpoint; the same command goes on from the last one. A remote store (s3://, https://,
+    ssh://, dvc+<git>@<rev>:<folder>) is read through a cache, from the first shards that arrive.
 
     With workers, each trains a share of the grid. With `torchrun --nproc-per-node N -m pipeline
     train`, N processes train each SAE together.
@@ -179,7 +144,7 @@ def train(run: Invocation, store: str | None, out: Path | None, overwrite: bool)
         where = store or run.paths.store
         _tell_trained(train_on_workers(run, where, out, overwrite=overwrite), out)
         return
-    plan = plan_training(config, _find_store(run, store), run.config.cache.layers)
+    plan = plan_training(config, find_store(run, store), run.config.cache.layers)
     total = None if "end_to_end" in config.architectures else plan.n_steps * config.batch_size
     try:
         with (
@@ -219,74 +184,7 @@ def _tell_trained(trained: "Run", out: Path) -> None:
     click.echo(f"next: pipeline evaluate --run {out}, then pipeline report --run {out}")
 
 
-@click.command()
-@takes(**SAME_RUN, device="device")
-@run_option
-@corpus_option
-@store_url_option
-@click.option(
-    "--out", type=FOLDER, help="Folder of the measurements.  [default: results/<profile>]"
-)
-def evaluate(
-    run: Invocation,
-    run_path: Path | None,
-    corpus_path: Path | None,
-    store: str | None,
-    out: Path | None,
-) -> None:
-    """Measure trained SAEs on held-out text, with and without the gradient at inference."""
-    from pipeline.evaluate import evaluate_run
-
-    out = out or _name_results(run, run_path)
-    with token_progress("evaluate", run.config.evaluate.tokens) as advance:
-        evaluate_run(
-            run.config,
-            run_folder=run_path or run.paths.run,
-            corpus_folder=corpus_path or run.paths.corpus,
-            store=_find_store(run, store),
-            out=out,
-            on_progress=advance,
-        )
-    click.echo(f"measurements in {out}")
-
-
-@click.command()
-@takes(**SAME_RUN)
-@run_option
-@click.option(
-    "--results",
-    "results_path",
-    type=FOLDER,
-    help="Folder of the measurements.  [default: results/<profile>]",
-)
-@corpus_option
-@store_option
-@click.option("--out", type=FOLDER, help="The page.  [default: results/<profile>.html]")
-def report(
-    run: Invocation,
-    run_path: Path | None,
-    results_path: Path | None,
-    corpus_path: Path | None,
-    store_path: Path | None,
-    out: Path | None,
-) -> None:
-    """Write one self-contained HTML page that compares the SAEs."""
-    from pipeline.report import write_report
-
-    results_path = results_path or _name_results(run, run_path)
-    out = out or results_path.with_name(results_path.name + ".html")
-    write_report(
-        profile=run.profile,
-        run_folder=run_path or run.paths.run,
-        results_folder=results_path,
-        corpus_folder=corpus_path or run.paths.corpus,
-        store_folder=store_path or run.paths.store,
-        out=out,
-    )
-    click.echo(f"report in {out}")
-
-
-def _find_store(run: Invocation, store: str | None) -> "StoreFiles":
+def find_store(run: Invocation, store: str | None) -> "StoreFiles":
     from store.reader import open_files
 
     return open_files(
@@ -294,11 +192,6 @@ def _find_store(run: Invocation, store: str | None) -> "StoreFiles":
         cache_root=run.config.run.shard_cache,
         cache_bytes=int(run.config.run.shard_cache_gb * 1e9),
     )
-
-
-def _name_results(run: Invocation, run_path: Path | None) -> Path:
-    """Results are called what the run is called, where that is named."""
-    return run.paths.results.with_name(run_path.name) if run_path else run.paths.results
 
 
 def _make_corpus(run: Invocation, out: Path, *, overwrite: bool) -> "Corpus":
@@ -326,6 +219,7 @@ def _print_plan(plan: "CachePlan", scheduler: str | None) -> None:
     for name, value in (
         ("model", plan.settings.checkpoint.name),
         ("hooks", ", ".join(plan.spec.hooks)),
+        ("loss", plan.settings.loss),
         (
             "tokens",
             f"{layout.n_rows:,} in blocks of {plan.spec.context_length}",
