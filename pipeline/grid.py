@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 from pipeline.config import ModelConfig, TrainConfig
 from pipeline.device import pick_device
 from pipeline.errors import TrainError
+from pipeline.loggers import check_loggers
 from pipeline.member import END_TO_END
 from pipeline.run_folder import find_finished, open_run, restore_run, write_run
 from pipeline.runs import Run, read_run
@@ -175,12 +176,15 @@ def run_grid(
     *,
     overwrite: bool = False,
     on_share: Callable[[ShareResult], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Run:
     """Train the members that `out` does not have yet on `workers`, one share each, and write `out`.
 
-    `workers` is entered only if members are missing. Raises TrainError where all members failed, or
-    where `out` holds another run.
+    `workers` is entered only if members are missing. `tell` is told of shares passed over.
+    Raises TrainError where all members failed, `out` holds another run or a process that writes
+    one, or a logger is not installed.
     """
+    check_loggers(config.loggers)
     courses = plan_courses(plan, job.config, device=job.device, model=job.model)
     recipes = plan_recipes(courses, job.config, job.facts)
     restore_run(out)
@@ -188,7 +192,9 @@ def run_grid(
     if len(kept) == len(recipes):
         return read_run(out)
     with open_run(out) as folder:
-        kept = _collect(job.work, recipes) | kept
+        # Only now: another process may have written the run until it gave up the lock.
+        kept = {} if overwrite else find_finished(out, recipes)
+        kept = _collect(job.work, recipes, tell) | kept
         missing = {name: recipe for name, recipe in recipes.items() if name not in kept}
         failed: dict[str, str] = {}
         if missing:
@@ -224,12 +230,20 @@ def run_grid(
     return read_run(out)
 
 
-def _collect(work: Path, recipes: Recipes) -> dict[str, Path]:
-    """Finished members of the shares in `work`; those of other settings are left alone."""
+def _collect(
+    work: Path, recipes: Recipes, tell: Callable[[str], None] | None = None
+) -> dict[str, Path]:
+    """Finished members of the shares in `work`.
+
+    A share with a member of other settings, or that cannot be read, is passed over whole; `tell` is
+    told.
+    """
     finished: dict[str, Path] = {}
     for folder in sorted(work.glob("[!.]*")):
         try:
             finished |= find_finished(folder, recipes)
-        except TrainError:
-            continue
+        except TrainError as error:
+            if tell:
+                reason = str(error).partition(". ")[0]  # what to do next is for a whole run
+                tell(f"share passed over, and its members trained again: {reason}.")
     return finished

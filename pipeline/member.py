@@ -29,10 +29,11 @@ END_TO_END = "end_to_end"  # a TopK SAE, trained for another objective
 # Settings that decide no weight of a member: the grid's lists, of which it is one combination; the
 # lengths, of which its number of steps was made; and what is written on the way.
 _NOT_OF_A_MEMBER = {
-    *("hook", "architectures", "betas", "ks", "seeds"),
+    *("hook", "architectures", "betas", "gradients", "ks", "d_saes", "seeds"),
     *("epochs", "tokens", "steps", "allow_partial"),
     *("log_every", "checkpoint_every", "loggers"),
 }
+_SHUFFLED = "shuffled"
 _OPTION_SETTINGS = {"n_experts": "n_experts", "bandwidth": "jumprelu_bandwidth"}
 
 
@@ -44,6 +45,13 @@ class MemberSpec(NamedTuple):
     k: int
     beta: float
     seed: int
+    d_sae: int
+    gradient: str  # which one steers: full, own, shuffled or own-shuffled; see `plan_members`
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether each row gets another row's gradient."""
+        return self.gradient.endswith(_SHUFFLED)
 
 
 class Member(NamedTuple):
@@ -53,21 +61,40 @@ class Member(NamedTuple):
     learner: Learner
 
 
-def plan_members(config: TrainConfig) -> tuple[MemberSpec, ...]:
-    """All combinations of architectures, ks, betas and seeds.
+def plan_members(config: TrainConfig, *, loss: str = "full") -> tuple[MemberSpec, ...]:
+    """All combinations of architectures, d_saes, ks, betas, gradients and seeds.
 
-    Their names are k32-beta1e5; jumprelu-k32-beta0 if not topk; k32-beta0-seed0 where there are
-    several seeds. An architecture that selects nothing has one member for all betas.
+    `loss` is what the store's gradients are of (`find_loss`): all losses of a block ("full") or
+    each row's own ("own"). Names are k32-beta1e5; jumprelu-k32-beta0 if not topk, followed by
+    -d1024 and -seed0 where there are several d_saes and seeds, and by -own, -shuffled or
+    -own-shuffled if the gradient is not full.
+
+    An architecture that selects nothing has one member for all betas. Where beta is 0, nothing is
+    selected, or training is end to end, there is one member for all gradients.
     """
     members = []
     for architecture in config.architectures:
         betas = config.betas if _find_class(architecture).selects else (0.0,)
-        for k, beta, seed in product(config.ks, betas, config.seeds):
-            prefix = "" if architecture == "topk" else f"{architecture}-"
-            suffix = f"-seed{seed}" if len(config.seeds) > 1 else ""
-            name = f"{prefix}k{k}-beta{format_number(beta)}{suffix}"
-            members.append(MemberSpec(name, architecture, k, beta, seed))
+        for d_sae, k, beta in product(config.d_saes, config.ks, betas):
+            steered = beta > 0 and architecture != END_TO_END
+            for kind, seed in product(config.gradients if steered else ("cached",), config.seeds):
+                gradient = _name_gradient(loss, kind)
+                name = "".join(
+                    [
+                        "" if architecture == "topk" else f"{architecture}-",
+                        f"k{k}-beta{format_number(beta)}",
+                        f"-d{d_sae}" if len(config.d_saes) > 1 else "",
+                        f"-seed{seed}" if len(config.seeds) > 1 else "",
+                        "" if gradient == "full" else f"-{gradient}",
+                    ]
+                )
+                members.append(MemberSpec(name, architecture, k, beta, seed, d_sae, gradient))
     return tuple(members)
+
+
+def find_loss(facts: Mapping[str, Any]) -> str:
+    """Of which loss the store's gradients are, by what a run says of it: "full" or "own"."""
+    return (facts.get("store_identity") or {}).get("loss", "full")
 
 
 def plan_recipe(
@@ -91,6 +118,8 @@ def plan_recipe(
         "k": spec.k,
         "beta": spec.beta,
         "seed": spec.seed,
+        "d_sae": spec.d_sae,
+        "gradient": spec.gradient,
         "n_steps": n_steps,
         "order": order,
         "hook": provenance.get("hook"),
@@ -118,7 +147,7 @@ def make_sae(
     }
     sae = cls(
         d_model=d_model,
-        d_sae=config.d_sae,
+        d_sae=spec.d_sae,
         k=spec.k,
         beta=spec.beta,
         loss_tokens=config.loss_tokens,
@@ -135,14 +164,17 @@ def start_member(
     config: TrainConfig,
     acts: Float[Tensor, "batch d_model"],
     *,
+    k: int | None = None,
     n_tokens: int | None = None,
     group: Group = ALONE,
 ) -> Member:
     """A fresh SAE and its optimizer, initialised from the first batch of all processes.
 
-    `n_tokens` is the size of the vocabulary, for a tokenized SAE.
+    `k` is that of the first step, to which what is steered is fitted; `n_tokens` the size of the
+    vocabulary, for a tokenized SAE.
     """
     sae = make_sae(spec, config, acts.shape[1], acts.device, n_tokens=n_tokens, group=group)
+    sae.k = spec.k if k is None else k
     init_weights(
         sae,
         group.gather(acts),
@@ -189,6 +221,10 @@ def finish_member(member: Member) -> SparseAutoencoder:
 
     Averages of unit decoder rows are a little shorter than 1 and are left so: what is
     reconstructed is what the averages reconstruct.
+
+    Differs: averages start at the initial weights, without Adam's correction of that bias; and
+    buffers (the input's scale, BatchTopK's threshold, a penalty's weight) are those of the last
+    step, not averages.
     """
     sae, averages = member.learner.sae, member.learner.average
     sae.k = member.spec.k
@@ -199,3 +235,10 @@ def finish_member(member: Member) -> SparseAutoencoder:
 
 def _find_class(architecture: str) -> type[SparseAutoencoder]:
     return ARCHITECTURES["topk" if architecture == END_TO_END else architecture]
+
+
+def _name_gradient(loss: str, kind: str) -> str:
+    """What a member's config.json says of its gradient, for an entry of `train.gradients`."""
+    if kind == _SHUFFLED:
+        return _SHUFFLED if loss == "full" else f"{loss}-{_SHUFFLED}"
+    return loss

@@ -1,10 +1,11 @@
 """All of a member that a step reads and changes, as named tensors, for checkpoints."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint import Checkpoint
 from pipeline.config import TrainConfig
 from pipeline.member import Member, MemberSpec, make_sae
 from pipeline.sae import start_learning
@@ -41,6 +42,35 @@ def find_not_finite(members: Iterable[Member]) -> dict[str, str]:
                 found[member.spec.name] = key
                 break
     return found
+
+
+def list_lost(members: Iterable[Member], step: int) -> dict[str, str]:
+    """Why members stop whose weights are not finite, though their losses were; by name. Pure."""
+    return {
+        name: f"{tensor} after step {step}: expected finite values, got NaN or Inf"
+        for name, tensor in find_not_finite(members).items()
+    }
+
+
+def resume_members(
+    specs: Sequence[MemberSpec],
+    config: TrainConfig,
+    saved: Checkpoint,
+    d_model: int,
+    device: str | torch.device,
+    *,
+    n_tokens: int | None = None,
+    group: Group = ALONE,
+) -> list[Member]:
+    """The members that a checkpoint has, as they were, and torch's random state; none at step 0."""
+    if saved.step == 0:
+        return []
+    torch.set_rng_state(saved.tensors["rng"])
+    return [
+        resume_member(spec, config, saved.tensors, d_model, device, n_tokens=n_tokens, group=group)
+        for spec in specs
+        if spec.name not in saved.failed
+    ]
 
 
 @torch.no_grad()

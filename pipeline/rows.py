@@ -1,12 +1,14 @@
-"""What a training step needs of a batch, and which batches are refused."""
+"""What a training step needs of a batch, which batches are refused, and shuffled gradients."""
 
 from collections.abc import Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.errors import TrainError
+from store.layout import draw_keys
 
 
 @runtime_checkable
@@ -45,6 +47,23 @@ def check_rows(batch: Rows, *, d_model: int, step: int) -> None:
                 f"{name} at step {step}{_locate(batch, row)}: expected finite values, got NaN or "
                 f"Inf. Cache these activations again with pipeline cache."
             )
+
+
+def shuffle_gradients(
+    grads: Float[Tensor, "batch d_model"], *, seed: int, step: int, rank: int = 0
+) -> Float[Tensor, "batch d_model"]:
+    """Each row's gradient to another row, for the control of `train.gradients`.
+
+        shuffled_i = grads_perm(i)        perm = stable argsort of draw_keys((seed, step, rank), n)
+
+    What a gradient says of its own row is lost, while the batch's gradients stay the same as a set;
+    on average one row keeps its own. A pure function of its arguments, so that training goes on
+    from a checkpoint with the same bits, and members beside each other get the same gradients. Of
+    several processes each permutes its own rows, by its `rank`, so that their number decides which
+    rows meet.
+    """
+    order = draw_keys((seed, step, rank), len(grads)).argsort(kind="stable")
+    return grads[torch.from_numpy(order).to(grads.device)]
 
 
 def _locate(batch: Rows, row: int) -> str:

@@ -22,7 +22,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import TrainError
 from pipeline.files import write_json
 from pipeline.history import Row, read_history, write_history
-from pipeline.member import Member, finish_member, plan_members
+from pipeline.member import Member, find_loss, finish_member, plan_members
 from pipeline.runs import read_run
 from pipeline.sae import StepMetrics, read_sae_config, save_sae
 from pipeline.sae.io import WEIGHTS_NAME
@@ -53,7 +53,7 @@ def open_run(out: Path) -> Iterator[Path]:
             f"run folder at {out}: expected an earlier run, an empty folder or nothing, got other "
             f"files, which would be lost. Choose another --out."
         )
-    with _lock(out):
+    with lock_run(out):
         work = locate_work(out)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -89,7 +89,7 @@ def restore_run(out: Path) -> None:
     old = _name_beside(out, "old")
     if not old.exists():
         return
-    with _lock(out):
+    with lock_run(out):
         if old.exists() and not out.exists():
             old.rename(out)
         elif (out / "config.json").is_file():
@@ -105,7 +105,7 @@ def sweep_checkpoints(out: Path, finished: Collection[str]) -> None:
     folder = locate_checkpoints(out)
     if not folder.is_dir() or not list_members(folder) <= set(finished):
         return
-    with suppress(TrainError), _lock(out):
+    with suppress(TrainError), lock_run(out):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -161,7 +161,7 @@ def write_run(
         write_history(folder / HISTORY_NAME, rows[member.spec.name])
     for run in {folder.parent for folder in keep.values()}:
         failed = json.loads((run / "config.json").read_bytes())["failed"] | failed
-    grid = [spec.name for spec in plan_members(config)]
+    grid = [spec.name for spec in plan_members(config, loss=find_loss(facts))]
     there = {*keep, *(member.spec.name for member in members)}
     names = [name for name in grid if name in there] + sorted(there - set(grid))
     missing = set(grid) - there
@@ -182,18 +182,27 @@ def write_run(
 
 
 @contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    lock = FileLock(_name_beside(out, "lock"), timeout=0)
+def lock_run(out: Path) -> Iterator[None]:
+    """Keep other writers from the run at `out`; whoever holds the lock may take it again."""
+    path = _name_beside(out, "lock")
+    lock = FileLock(path, timeout=0, is_singleton=True)  # which counts how often it is taken
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
+        if not path.exists():  # filelock waits for a file that cannot be made, as in /proc
+            raise TrainError(
+                f"run folder at {out}: expected a writable place, got one where no file can be "
+                "made. Choose another --out."
+            ) from None
         raise TrainError(
-            f"run folder at {out}: expected no other writer, got one that holds {lock.lock_file}. "
+            f"run folder at {out}: expected no other writer, got one that holds {path}. "
             f"Wait for it, or choose another --out."
         ) from None
     except OSError as error:
-        raise TrainError(f"run folder at {out}: expected a writable place, got: {error}.") from None
+        raise TrainError(
+            f"run folder at {out}: expected a writable place, got: {error}. Choose another --out."
+        ) from None
     try:
         yield
     finally:

@@ -18,6 +18,11 @@ def plan_steps(config: TrainConfig, n_rows: int) -> int:
         name, wanted = "steps", config.steps * config.batch_size
     else:
         name, wanted = "tokens", available if config.tokens is None else config.tokens
+    if min(wanted, available) < config.batch_size:
+        raise TrainError(
+            f"train.batch_size: expected at most the {min(wanted, available)} rows to train on, "
+            f"got {config.batch_size}. Lower --batch-size or cache more."
+        )
     if wanted > available:
         asked, most = wanted, available
         if name == "steps":
@@ -25,11 +30,6 @@ def plan_steps(config: TrainConfig, n_rows: int) -> int:
         raise TrainError(
             f"train.{name}: expected at most {most} ({config.epochs} epochs of {n_rows} "
             f"rows), got {asked}. Lower --{name}, raise --epochs or cache more."
-        )
-    if wanted < config.batch_size:
-        raise TrainError(
-            f"train.batch_size: expected at most the {wanted} rows to train on, "
-            f"got {config.batch_size}. Lower --batch-size or cache more."
         )
     return wanted // config.batch_size
 

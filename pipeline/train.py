@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pipeline.checkpoint import Checkpoint, check_room, name_training, read_newest, write_checkpoint
 from pipeline.config import TrainConfig
@@ -25,20 +26,26 @@ from pipeline.errors import TrainError
 from pipeline.history import Row
 from pipeline.loggers import open_loggers
 from pipeline.member import (
+    Member,
     MemberSpec,
+    find_loss,
     plan_members,
     plan_recipe,
     start_member,
     step_member,
 )
-from pipeline.member_state import collect_state, find_not_finite, resume_member
-from pipeline.rows import Rows, check_rows, take
+from pipeline.member_state import collect_state, list_lost, resume_members
+from pipeline.rows import Rows, check_rows, shuffle_gradients, take
 from pipeline.run_folder import locate_checkpoints, locate_work, open_run, write_run
 from pipeline.sae import LossNotFinite, StepMetrics
 from pipeline.sae.group import ALONE, Group
+from pipeline.sae.learning import Objective
 from pipeline.schedules import find_k, find_lr
 from store.crash import crash_point
 from store.stream_plan import StreamState
+
+# Settings of which each member has one value, by another key.
+_AXES = {"betas", "gradients", "ks", "d_saes", "seeds"}
 
 
 class NoMemberLeft(TrainError):
@@ -62,6 +69,15 @@ class StepReport(NamedTuple):
     tokens_per_s: float  # rows per second, all members together, since the last logged step
     logged: bool  # on logged steps the metrics hold overlap and gradient_weight
     metrics: dict[str, StepMetrics]  # by member
+
+
+class _Inputs(NamedTuple):
+    """A batch on the device, in float32."""
+
+    acts: Tensor
+    grads: Tensor
+    tokens: Tensor
+    objective: Objective | None
 
 
 def train(
@@ -102,8 +118,8 @@ def train(
     `out`; KeyboardInterrupt, after a checkpoint, once should_stop() is true after a step.
     """
     exact = pin_precision(config, device)
-    specs = plan_members(config) if specs is None else tuple(specs)
     leads, facts = group.rank == 0, dict(provenance or {})
+    specs = plan_members(config, loss=find_loss(facts)) if specs is None else tuple(specs)
     tell = tell if tell and leads else _ignore
     recipes = {
         spec.name: plan_recipe(spec, exact, n_steps=n_steps, order=order, provenance=facts)
@@ -111,64 +127,47 @@ def train(
     }
     training = name_training({"recipes": recipes, "log_every": config.log_every})
     checkpoints = locate_checkpoints(out)
+    settings = exact.model_dump(mode="json", exclude=_AXES)
 
     with open_run(out) if leads else nullcontext(locate_work(out)) as work:
         saved = read_newest(checkpoints, training=training, tell=tell) if order else None
         saved = saved or Checkpoint(0, 0, StreamState(order or "", 0), {}, {}, {})
-        step, tokens, _, failed, tensors, rows = saved
-        _agree(group, step, checkpoints)
-        members = [
-            resume_member(spec, exact, tensors, d_model, device, n_tokens=n_tokens, group=group)
-            for spec in specs
-            if step and spec.name not in failed
-        ]
+        step, tokens, _, failed, _, rows = saved
+        _check_same_step(group, step, checkpoints)
+        members = resume_members(
+            specs, exact, saved, d_model, device, n_tokens=n_tokens, group=group
+        )
         if step:
-            torch.set_rng_state(tensors["rng"])
             tell(f"going on after step {step} of {n_steps}, from the checkpoint in {checkpoints}")
 
-        settings = exact.model_dump(mode="json", exclude={"betas", "ks", "seeds"})
         logs = open_loggers(config.loggers, work, run=out.name, settings=settings, past=rows)
         with logs if leads else nullcontext(_ignore) as log:
             tokens_at_log, time_at_log = tokens, time.perf_counter()
             batches = enumerate(take(open_stream(step), n_steps - step), start=step + 1)
             for step, batch in batches:
                 check_rows(batch, d_model=d_model, step=step)
-                acts = batch.acts.to(device, torch.float32)
-                grads = batch.grads.to(device, torch.float32)
-                token_ids = batch.tokens.to(device)
+                inputs = _put_rows(batch, device)
                 if not members:
                     members = [
-                        start_member(spec, exact, acts, n_tokens=n_tokens, group=group)
+                        start_member(
+                            *(spec, exact, inputs.acts),
+                            k=find_k(config, 0, n_steps, k=spec.k),
+                            n_tokens=n_tokens,
+                            group=group,
+                        )
                         for spec in specs
                     ]
-                tokens += int(group.sum(torch.tensor(len(acts))))
+                tokens += int(group.sum(torch.tensor(len(inputs.acts))))
                 logged = step == 1 or step % config.log_every == 0 or step == n_steps
                 lr = find_lr(config, step - 1, n_steps)
-                metrics, stopped = {}, {}
-                for member in members:
-                    name = member.spec.name
-                    try:
-                        metrics[name] = step_member(
-                            member,
-                            acts,
-                            grads,
-                            token_ids,
-                            config=exact,
-                            lr=lr,
-                            k=find_k(config, step - 1, n_steps, k=member.spec.k),
-                            objective=getattr(batch, "objective", None),
-                            full=logged,
-                        )
-                    except LossNotFinite as error:
-                        stopped[name] = f"loss of {name} at step {step}: {error}"
+                metrics, stopped = _step_members(
+                    members, inputs, exact, step=step, n_steps=n_steps, lr=lr, full=logged
+                )
 
                 stopping = _anyone(group, should_stop) and step < n_steps
                 saving = stopping or (step < n_steps and step % config.checkpoint_every == 0)
                 if saving or step == n_steps:
-                    stopped |= {
-                        name: f"{bad} after step {step}: expected finite values, got NaN or Inf"
-                        for name, bad in find_not_finite(members).items()
-                    }
+                    stopped |= list_lost(members, step)
                 for problem in stopped.values():
                     tell(f"{problem}; this member stops")
                 failed |= stopped
@@ -190,13 +189,9 @@ def train(
                     on_step(report)
                 crash_point("train:after-step")
                 if saving and order and leads:
-                    now = StreamState(order, step)
                     state = collect_state(members) | {"rng": torch.get_rng_state()}
-                    write_checkpoint(
-                        checkpoints,
-                        Checkpoint(step, tokens, now, failed, state, rows),
-                        training=training,
-                    )
+                    now = Checkpoint(step, tokens, StreamState(order, step), failed, state, rows)
+                    write_checkpoint(checkpoints, now, training=training)
                 if stopping:
                     _meet(group)  # one that ends sooner would have the others ended by torchrun
                     then = ", which is saved. Run the same command again to go on" if order else ""
@@ -233,6 +228,61 @@ def pin_precision(config: TrainConfig, device: str | torch.device) -> TrainConfi
     return config.model_copy(update={"precision": pick_precision(config.precision, device)})
 
 
+def _check_same_step(group: Group, step: int, checkpoints: Path) -> None:
+    """Raise TrainError unless all processes found the first one's checkpoint."""
+    first = int(group.sum(torch.tensor(step if group.rank == 0 else 0)))
+    if step != first:
+        raise TrainError(
+            f"checkpoint at {checkpoints} of process {group.rank}: expected step {first} as the "
+            f"first process has it, got {step}. Name an --out that all processes share."
+        )
+
+
+def _put_rows(batch: Rows, device: str | torch.device) -> _Inputs:
+    return _Inputs(
+        batch.acts.to(device, torch.float32),
+        batch.grads.to(device, torch.float32),
+        batch.tokens.to(device),
+        getattr(batch, "objective", None),
+    )
+
+
+def _step_members(
+    members: Sequence[Member],
+    inputs: _Inputs,
+    config: TrainConfig,
+    *,
+    step: int,
+    n_steps: int,
+    lr: float,
+    full: bool,
+) -> tuple[dict[str, StepMetrics], dict[str, str]]:
+    """One step of each member: its metrics, or why it stops, by name."""
+    metrics, stopped = {}, {}
+    acts, grads, tokens, objective = inputs
+    shuffled = grads
+    if any(member.spec.shuffled for member in members):
+        rank = members[0].learner.sae.group.rank
+        shuffled = shuffle_gradients(grads, seed=config.shuffle_seed, step=step, rank=rank)
+    for member in members:
+        name = member.spec.name
+        try:
+            metrics[name] = step_member(
+                member,
+                acts,
+                shuffled if member.spec.shuffled else grads,
+                tokens,
+                config=config,
+                lr=lr,
+                k=find_k(config, step - 1, n_steps, k=member.spec.k),
+                objective=objective,
+                full=full,
+            )
+        except LossNotFinite as error:
+            stopped[name] = f"loss of {name} at step {step}: {error}"
+    return metrics, stopped
+
+
 def _anyone(group: Group, says: Callable[[], bool] | None) -> bool:
     """Whether any process of the group says so: all of them must do the same."""
     return bool(group.sum(torch.tensor(int(says() if says else False))))
@@ -241,16 +291,6 @@ def _anyone(group: Group, says: Callable[[], bool] | None) -> bool:
 def _meet(group: Group) -> None:
     """Wait until all processes are here, and so until the first one has written what it writes."""
     group.sum(torch.zeros(()))
-
-
-def _agree(group: Group, step: int, checkpoints: Path) -> None:
-    """Raise TrainError unless all processes found the first one's checkpoint."""
-    first = int(group.sum(torch.tensor(step if group.rank == 0 else 0)))
-    if step != first:
-        raise TrainError(
-            f"checkpoint at {checkpoints} of process {group.rank}: expected step {first} as the "
-            f"first process has it, got {step}. Name an --out that all processes share."
-        )
 
 
 def _describe(report: StepReport, name: str) -> Row:

@@ -1,8 +1,10 @@
 """Train from a store: plan what to read, keep what an earlier run has, and hand the streams on."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +12,10 @@ import torch
 
 from pipeline.config import ModelConfig, TrainConfig
 from pipeline.errors import TrainError
-from pipeline.member import END_TO_END, MemberSpec, plan_members, plan_recipe
+from pipeline.loggers import check_loggers
+from pipeline.member import END_TO_END, MemberSpec, find_loss, plan_members, plan_recipe
 from pipeline.rows import Rows
-from pipeline.run_folder import find_finished, restore_run, sweep_checkpoints
+from pipeline.run_folder import find_finished, lock_run, restore_run, sweep_checkpoints
 from pipeline.runs import Run, read_run
 from pipeline.sae.group import ALONE, Group
 from pipeline.schedules import plan_steps
@@ -99,53 +102,86 @@ def run_training(
     it. `only` names the members to train, if not the whole grid. The other arguments are those of
     `train`.
 
-    Raises TrainError if `out` holds another run, or for a batch with fewer rows than processes.
+    Raises TrainError if `out` holds another run or a process that writes one, for a logger that is
+    not installed, or for a batch with fewer rows than processes.
     """
     if config.batch_size < group.world_size:
         raise TrainError(
             f"train.batch_size: expected at least a row for each of {group.world_size} processes, "
             f"got {config.batch_size}. Raise --batch-size or lower --nproc-per-node."
         )
+    check_loggers(config.loggers)
     facts = {**describe_input(plan), **provenance}
     courses = plan_courses(plan, config, device=device, model=model, only=only, group=group)
     recipes = plan_recipes(courses, pin_precision(config, device), facts)
-    if group.rank == 0:
+    leads = group.rank == 0
+    if leads:
         restore_run(out)
-    group.sum(torch.zeros(()))  # all wait for it
+    _meet(group)
     kept = {} if overwrite else find_finished(out, recipes)
-    if len(kept) == len(recipes) and group.rank == 0:
-        sweep_checkpoints(out, kept)
+    if _ask_first(group, len(kept) == len(recipes)):
+        if leads:
+            sweep_checkpoints(out, kept)
+        return read_run(out)
+
+    train_some = functools.partial(
+        train,
+        config,
+        d_model=plan.store.manifest.d_model,
+        out=out,
+        device=device,
+        n_tokens=_count_vocabulary(plan) if "tokenized" in config.architectures else None,
+        group=group,
+        provenance=facts,
+        on_step=on_step,
+        tell=tell,
+        should_stop=should_stop,
+    )
+    with lock_run(out) if leads else nullcontext():
+        _meet(group)
+        # Only now: another process may have written the run until it gave up the lock.
+        kept = {} if overwrite else find_finished(out, recipes)
+        if tell and kept and leads:
+            tell(f"kept as they are in {out}: {', '.join(kept)}")
+        _train_courses(courses, kept, lambda: find_finished(out, recipes), train_some)
+    return read_run(out)
+
+
+def _train_courses(
+    courses: Sequence[Course],
+    kept: Mapping[str, Path],
+    find_kept: Callable[[], Mapping[str, Path]],
+    train_some: Callable[..., object],
+) -> None:
+    """Train what is missing of each course; raises NoMemberLeft last, if one had none left."""
     lost: NoMemberLeft | None = None
     for course in courses:
         missing = [spec for spec in course.specs if spec.name not in kept]
         if not missing:
             continue
-        if tell and kept and group.rank == 0:
-            tell(f"kept as they are in {out}: {', '.join(kept)}")
         try:
-            train(
-                config,
-                course.open_stream,
-                d_model=plan.store.manifest.d_model,
+            train_some(
+                open_stream=course.open_stream,
                 n_steps=course.n_steps,
-                out=out,
                 specs=missing,
                 keep=kept,
                 order=course.order,
-                device=device,
-                n_tokens=_count_vocabulary(plan) if "tokenized" in config.architectures else None,
-                group=group,
-                provenance=facts,
-                on_step=on_step,
-                tell=tell,
-                should_stop=should_stop,
             )
         except NoMemberLeft as error:  # another course's may do better
             lost = error
-        kept = find_finished(out, recipes)
+        kept = find_kept()
     if lost:
         raise lost
-    return read_run(out)
+
+
+def _meet(group: Group) -> None:
+    """Wait for all processes."""
+    group.sum(torch.zeros(()))
+
+
+def _ask_first(group: Group, answer: bool) -> bool:
+    """The first process's answer, for all of them."""
+    return bool(group.sum(torch.tensor(int(answer and group.rank == 0))))
 
 
 def describe_input(plan: TrainPlan) -> dict[str, Any]:
@@ -184,7 +220,8 @@ def plan_courses(
 
     A process reads its own rows of each batch.
     """
-    specs = [spec for spec in plan_members(config) if only is None or spec.name in only]
+    loss = find_loss(describe_input(plan))
+    specs = [s for s in plan_members(config, loss=loss) if only is None or s.name in only]
     shuffled = tuple(spec for spec in specs if spec.architecture != END_TO_END)
     in_blocks = tuple(spec for spec in specs if spec.architecture == END_TO_END)
 

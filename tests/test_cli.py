@@ -1,8 +1,12 @@
 """The command line itself: help, selection of a profile, and what a plan says."""
 
+import os
+import sys
+
 import click
 import pytest
 
+from pipeline.__main__ import main
 from pipeline.cli import cli
 from pipeline.cli.options import invoke, selected_profile
 from tests.tiny import make_project, run_cli
@@ -47,3 +51,12 @@ def test_a_dry_run_plans_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     for word in ("blocks.7.hook_resid_post", "tokens", "shards", "MB free", "min on cpu"):
         assert word in out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("given", "kept"), [({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")])
+def test_the_command_has_torch_ask_for_large_pages_unless_told_otherwise(monkeypatch, given, kept):
+    environment = dict(given)
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(sys, "argv", ["pipeline", "--version"])
+    main()
+    assert environment["THP_MEM_ALLOC_ENABLE"] == kept

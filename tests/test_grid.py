@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import grid
 from pipeline.cli.options import Invocation, invoke
 from pipeline.cluster import open_workers
 from pipeline.errors import TrainError
@@ -63,12 +64,14 @@ def configure(*more: str) -> Invocation:
     return invoke(None, {}, (*kept, "run.threads=1", *more))
 
 
-def train_grid(out: Path, mapper: Any, *more: str) -> Run:
+def train_grid(
+    out: Path, mapper: Any, *more: str, tell: Callable[[str], None] | None = None
+) -> Run:
     config = configure(*more).config.train
     plan, job = plan_grid(
         config, out, source=Path("stores/tiny"), device="cpu", provenance={"by": "test"}
     )
-    return run_grid(plan, job, config, out, nullcontext(mapper))
+    return run_grid(plan, job, config, out, nullcontext(mapper), tell=tell)
 
 
 def read_results(out: Path) -> dict[str, Any]:
@@ -142,6 +145,42 @@ def test_a_stopped_grid_goes_on_with_the_missing_shares(project: Path) -> None:
     train_grid(out, mapper)
     assert mapper.given == [("k4-beta1e4",), ("batch_topk-k4-beta1e4",)]
     assert read_results(out) == read_results(project / "runs/alone")
+
+
+def test_a_share_of_other_settings_is_passed_over_and_told(project: Path) -> None:
+    out = project / "runs/changed"
+
+    def stop_at_second(function: Callable[[Share], ShareResult], share: Share) -> ShareResult:
+        if share.index == 1:
+            raise KeyboardInterrupt
+        return function(share)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_grid(out, Here(2, stop_at_second), "train.lr=1e-3")
+    said: list[str] = []
+    mapper = Here(1)
+    train_grid(out, mapper, tell=said.append)
+    (line,) = said
+    assert line.startswith("share passed over, and its members trained again: run at ")
+    assert line.endswith("k4-beta0 with other ones (lr: expected 0.002, got 0.001).")
+    assert mapper.given == [NAMES]
+
+
+def test_what_another_process_finished_before_the_lock_was_ours_is_kept(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, original = project / "runs/late", grid.open_run
+
+    @contextmanager
+    def open_late(folder: Path) -> Iterator[Path]:
+        shutil.copytree(project / "runs/alone", folder)
+        with original(folder) as work:
+            yield work
+
+    monkeypatch.setattr(grid, "open_run", open_late)
+    mapper = Here(1)
+    assert train_grid(out, mapper).members == NAMES
+    assert mapper.given == []
 
 
 def test_a_share_that_fails_is_reported_and_the_others_are_written(

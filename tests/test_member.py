@@ -13,8 +13,9 @@ DEFAULTS = {
     "architectures": ("topk",),
     "betas": (0.0,),
     "ks": (3,),
+    "gradients": ("cached",),
     "seeds": (0,),
-    "d_sae": 24,
+    "d_saes": (24,),
     "loss_tokens": 10,
     "n_experts": 4,
     "jumprelu_bandwidth": 0.03,
@@ -165,7 +166,7 @@ def test_overlap_and_weight_of_beta_zero() -> None:
 
 def test_a_latent_is_dead_after_five_batches_of_4096_tokens_without_activation() -> None:
     acts, grads = draw(n=4096)
-    member = start(acts, d_sae=4)  # k = 3
+    member = start(acts, d_saes=(4,))  # k = 3
     dead = []
     for i in range(8):
         # latents 2 and 3 are always above zero; one of 0 and 1 is selected too, but is zero after
@@ -204,7 +205,7 @@ def test_it_recovers_known_sparse_features(d_sae: int) -> None:
         strength = torch.rand(512, 3, generator=generator) + 0.5
         return torch.zeros(512, 64).scatter(1, chosen, strength) @ features
 
-    member = start(draw_rows(), d_sae=d_sae, input_scaling="mean_norm")
+    member = start(draw_rows(), d_saes=(d_sae,), input_scaling="mean_norm")
 
     def mean_cosine() -> float:
         return (features @ member.sae.W_dec.T).max(dim=1).values.mean().item()
@@ -226,3 +227,51 @@ def test_names_of_members() -> None:
         "k3-beta0-seed0",
         "k3-beta0-seed7",
     ]
+
+
+def test_sizes_are_named_where_there_are_several() -> None:
+    specs = plan_members(make_config(d_saes=(12, 24), ks=(3, 4), seeds=(0, 7)))
+    assert [spec.name for spec in specs[:4]] == [
+        *("k3-beta0-d12-seed0", "k3-beta0-d12-seed7", "k4-beta0-d12-seed0", "k4-beta0-d12-seed7"),
+    ]
+    assert [(spec.d_sae, spec.k, spec.seed) for spec in specs] == [
+        (d_sae, k, seed) for d_sae in (12, 24) for k in (3, 4) for seed in (0, 7)
+    ]
+    acts, _ = draw()
+    config = make_config(d_saes=(12, 24))
+    saes = [start_member(spec, config, acts).learner.sae for spec in plan_members(config)]
+    assert [sae.d_sae for sae in saes] == [12, 24]
+
+
+# architecture, gradients, loss of the store -> names for betas 0 and 5
+GRADIENTS = [
+    ("topk", ("cached", "shuffled"), "full", ["k3-beta0", "k3-beta5", "k3-beta5-shuffled"]),
+    ("topk", ("shuffled",), "full", ["k3-beta0", "k3-beta5-shuffled"]),
+    # what does not look at the gradient has one member for all
+    ("relu", ("cached", "shuffled"), "full", ["relu-k3-beta0"]),
+    ("end_to_end", ("cached", "shuffled"), "full", [f"end_to_end-k3-beta{b}" for b in (0, 5)]),
+    ("topk", ("cached",), "own", ["k3-beta0-own", "k3-beta5-own"]),
+    ("topk", ("shuffled",), "own", ["k3-beta0-own", "k3-beta5-own-shuffled"]),
+]
+
+
+@pytest.mark.parametrize(("architecture", "gradients", "loss", "names"), GRADIENTS)
+def test_only_steered_members_have_a_shuffled_twin(
+    architecture: str, gradients: tuple[str, ...], loss: str, names: list[str]
+) -> None:
+    config = make_config(architectures=(architecture,), betas=(0.0, 5.0), gradients=gradients)
+    specs = plan_members(config, loss=loss)
+    assert [spec.name for spec in specs] == names
+    assert [spec.shuffled for spec in specs] == [name.endswith("shuffled") for name in names]
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu"])
+def test_a_steered_sae_starts_at_the_k_of_the_first_step(architecture: str) -> None:
+    acts, _ = draw(n=512)
+    config = make_config(architectures=(architecture,), ks=(1,))
+    (spec,) = plan_members(config)
+    few, many = (start_member(spec, config, acts, k=k).learner.sae for k in (1, 3))
+    wide = start_member(spec._replace(k=3), config, acts).learner.sae
+    assert torch.equal(many.encode(acts).values, wide.encode(acts).values)
+    ratio = (many.encode(acts).values > 0).sum() / (few.encode(acts).values > 0).sum()
+    assert ratio > 2

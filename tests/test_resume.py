@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import train as module
+from pipeline.cli.training import ask_to_stop
 from pipeline.config import TrainConfig
 from pipeline.errors import TrainError
 from pipeline.run_folder import locate_checkpoints, restore_run
@@ -24,6 +25,7 @@ N_STEPS = 11
 GRID = make_config(
     architectures=("topk", "batch_topk"),
     betas=(0.0, 30.0),
+    gradients=("cached", "shuffled"),
     checkpoint_every=3,
     log_every=2,
     lr_warmup_fraction=0.3,
@@ -254,9 +256,39 @@ def test_11_ctrl_c_saves_and_says_how_to_go_on(project: Path) -> None:
     out, err = process.communicate(timeout=300)
     assert process.returncode == 130, out + err
     assert "Traceback" not in err
+    assert "\nStopping after this step. Ctrl-C again stops at once.\n" in err
     last = err.strip().splitlines()[-1]
     assert last.startswith("Stopped after step ")
     assert last.endswith("Run the same command again to go on.")
     step = int(last.split()[3])
     states = [json.loads(p.read_text()) for p in project.glob("runs/.it.checkpoints/*/state.json")]
     assert max(state["state"]["step"] for state in states) == step
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_11_a_signal_is_answered_at_once_and_the_second_is_as_before(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reached: list[int] = []
+    before = signal.signal(number, lambda number, _: reached.append(number))
+    try:
+        with ask_to_stop() as asked:
+            assert not asked()
+            os.kill(os.getpid(), number)
+            assert asked()
+            assert capfd.readouterr().err.strip() == (
+                "Stopping after this step. Ctrl-C again stops at once."
+            )
+            assert reached == []
+            os.kill(os.getpid(), number)
+            assert reached == [number]
+        os.kill(os.getpid(), number)
+        assert reached == [number, number]
+
+        monkeypatch.setenv("RANK", "1")  # the first of several processes says it for all
+        with ask_to_stop() as asked:
+            os.kill(os.getpid(), number)
+            assert asked()
+        assert capfd.readouterr().err == ""
+    finally:
+        signal.signal(number, before)

@@ -37,10 +37,15 @@ def test_more_than_there_is_is_an_error_with_both_counts() -> None:
         plan_steps(make_config(epochs=2, steps=21), 650)
 
 
-@pytest.mark.parametrize(("tokens", "n_rows"), [(63, 650), (None, 63), (None, 0)])
-def test_less_than_a_batch_is_an_error(tokens: int | None, n_rows: int) -> None:
-    with pytest.raises(TrainError, match=r"at most the \d+ rows to train on, got 64"):
-        plan_steps(make_config(tokens=tokens), n_rows)
+@pytest.mark.parametrize(
+    ("tokens", "steps", "n_rows", "rows"),
+    [(63, None, 650, 63), (None, None, 63, 63), (None, None, 0, 0), (None, 3, 63, 63)],
+)
+def test_less_than_a_batch_is_an_error(
+    tokens: int | None, steps: int | None, n_rows: int, rows: int
+) -> None:
+    with pytest.raises(TrainError, match=f"at most the {rows} rows to train on, got 64"):
+        plan_steps(make_config(tokens=tokens, steps=steps), n_rows)
 
 
 def test_linear_lr_is_a_trapezium() -> None:

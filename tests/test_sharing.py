@@ -141,7 +141,7 @@ def test_dvc_import_serves_a_project_on_another_profile(published, tmp_path, mon
     run_tool("dvc", "import", "-q", source, STORE, "--rev", "v1", "-o", "theirs", cwd=teammate)
     assert_same_store(teammate / "theirs", published)
     monkeypatch.chdir(teammate)
-    few = ("--k", "4", "--set", "train.d_sae=64", "--set", "train.batch_size=512")
+    few = ("--k", "4", "--set", "train.d_saes=[64]", "--set", "train.batch_size=512")
     assert run_cli("train", *SHORT, *few, "--store", "theirs", "--out", "runs/theirs") == 0
     config = json.loads((teammate / "runs/theirs/config.json").read_text())
     opened = store.open_store(published.repository / STORE)

@@ -373,3 +373,21 @@ def test_a_tokenized_sae_without_a_vocabulary_is_one_line(tmp_path: Path) -> Non
     config = make_config(architectures=("tokenized",))
     with pytest.raises(TrainError, match=r"n_tokens of tokenized-k.*: expected the vocabulary"):
         train(config, opens(2), d_model=8, n_steps=2, out=tmp_path / "run")
+
+
+def test_a_steered_sae_starts_at_k_start(tmp_path: Path) -> None:
+    l0 = []
+    for k_start in (None, 3):
+        config = make_config(
+            architectures=("relu",), ks=(1,), k_start=k_start, k_anneal_fraction=1.0
+        )
+        out = tmp_path / str(k_start)
+        train(config, opens(2), d_model=8, n_steps=2, out=out)
+        l0.append(pq.read_table(out / "relu-k1-beta0/history.parquet")["l0"][0].as_py())
+        assert load_sae(out / "relu-k1-beta0").k == 1
+    assert l0[1] > 2 * l0[0]
+
+
+def test_a_place_where_no_file_can_be_made_is_not_called_locked() -> None:
+    with pytest.raises(TrainError, match=r"/proc/x: expected a writable place, got one where no"):
+        train(make_config(), opens(2), d_model=8, n_steps=2, out=Path("/proc/x"))

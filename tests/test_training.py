@@ -1,13 +1,17 @@
 """A grid that grows, and members of which one fails, from a real store."""
 
+import importlib.util
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 from pipeline import train as module
+from pipeline import training
 from pipeline.config import load_config
 from pipeline.errors import TrainError
 from pipeline.sae.group import Group
@@ -97,6 +101,44 @@ def test_22_a_bad_member_is_named_and_the_command_fails_after_the_others(
     assert set(after) == {"k4-beta0", "k4-beta7"}
     assert after["k4-beta0"] == before["k4-beta0"]
     assert json.loads((project / "runs/it/config.json").read_text())["failed"] == {}
+
+
+@pytest.mark.usefixtures("project")
+def test_what_another_process_finished_before_the_lock_was_ours_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = load_config(Path("configs/tiny.yaml"), {"train.betas": [0.0], "train.steps": 4}).train
+    plan, out = plan_training(config, Path("stores/tiny")), Path("runs/it")
+    original, published = training.lock_run, []
+
+    @contextmanager
+    def lock_late(folder: Path) -> Iterator[None]:
+        if not published:
+            published.append(folder)
+            run_training(plan, config, folder, device="cpu", provenance={})
+            published.append((folder / "k4-beta0/sae.safetensors").stat().st_ino)
+        with original(folder):
+            yield
+
+    monkeypatch.setattr(training, "lock_run", lock_late)
+    said: list[str] = []
+    run = run_training(plan, config, out, device="cpu", provenance={}, tell=said.append)
+    assert said == ["kept as they are in runs/it: k4-beta0"]
+    assert published == [out, (run.folder / "k4-beta0/sae.safetensors").stat().st_ino]
+
+
+@pytest.mark.usefixtures("project")
+def test_a_missing_logger_is_named_before_anything_is_locked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "pipeline.loggers.importlib.util.find_spec",
+        lambda name, *rest: None if name == "wandb" else find_spec(name, *rest),
+    )
+    assert run_cli(*TRAIN, "--logger", "wandb") == 1
+    assert "expected the package wandb" in capsys.readouterr().err
+    assert not Path("runs").exists()
 
 
 def test_checkpoints_of_a_larger_grid_outlive_a_smaller_one(project: Path) -> None:

@@ -1,8 +1,9 @@
 """Training as a terminal or a log file sees it: progress, and Ctrl-C that saves first."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from pipeline.grid import ShareResult
     from pipeline.runs import Run
     from pipeline.train import StepReport
+
+
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+_STOPPING = b"\nStopping after this step. Ctrl-C again stops at once.\n"
 
 
 def train_on_workers(run: Invocation, store: str | Path, out: Path, *, overwrite: bool) -> "Run":
@@ -51,7 +56,12 @@ def train_on_workers(run: Invocation, store: str | Path, out: Path, *, overwrite
             n_tokens = plan.n_steps * config.batch_size * len(members)
             advance(n_tokens, note=f"finished {', '.join(members)}")
 
-        return run_grid(plan, job, config, out, workers, overwrite=overwrite, on_share=show)
+        return run_grid(
+            *(plan, job, config, out, workers),
+            overwrite=overwrite,
+            on_share=show,
+            tell=lambda text: click.echo(text, err=True),
+        )
 
 
 @contextmanager
@@ -87,16 +97,26 @@ def describe_step(report: "StepReport") -> str:
 
 @contextmanager
 def ask_to_stop() -> Iterator[Callable[[], bool]]:
-    """Yield what says whether Ctrl-C was pressed; a second one is handled as without this."""
+    """Yield what says whether Ctrl-C was pressed, or SIGTERM sent, as schedulers do.
+
+    The answer is said at once, by the first process of several. A second signal of the kind is
+    handled as without this.
+    """
     asked = False
 
-    def ask(*_: object) -> None:
+    def ask(number: int, _: object) -> None:
         nonlocal asked
+        signal.signal(number, before[signal.Signals(number)])
+        if not asked and os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):
+                os.write(2, _STOPPING)  # the signal may have come while Python was writing there
         asked = True
-        signal.signal(signal.SIGINT, before)
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.getsignal(number) for number in _STOPS}
+    for number in _STOPS:
+        signal.signal(number, ask)
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number in _STOPS:
+            signal.signal(number, before[number])

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pipeline.errors import TrainError
 from pipeline.sae.base import SparseAutoencoder
 
 BiasStart = Literal["mean", "geometric_median", "zero"]
@@ -28,12 +29,20 @@ def init_weights(
     batch's geometric median or at zero instead.
 
     Differs: smol-sae starts b_dec at zero.
+
+    Raises TrainError with scale_input if all rows are zero: no scale gives them a norm.
     """
+    scale = math.sqrt(sae.d_model) / acts.norm(dim=1).mean() if scale_input else torch.ones(())
+    if not scale.isfinite():
+        raise TrainError(
+            "acts of the first batch: expected rows with a norm to scale, got zeros alone. Look at "
+            "the store with `pipeline store info`, or set train.input_scaling=none."
+        )
     rows = torch.randn(sae.d_sae, sae.d_model, generator=torch.Generator().manual_seed(seed))
     sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
     sae.W_enc.copy_(sae.W_dec.T)
     sae.encoder_bias.zero_()
-    sae.input_scale.fill_(math.sqrt(sae.d_model) / acts.norm(dim=1).mean() if scale_input else 1.0)
+    sae.input_scale.copy_(scale)
     if b_dec == "zero":
         sae.b_dec.zero_()
     else:

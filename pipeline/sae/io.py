@@ -80,7 +80,7 @@ def load_sae(folder: Path, *, device: str | torch.device = "cpu") -> SparseAutoe
 
     Shapes are checked against config.json before a tensor is read. Raises TrainError for a pickle
     (never opened), a missing or damaged file, an unknown key in config.json, and tensors that are
-    not the expected ones.
+    not the expected ones or not finite.
     """
     _refuse_pickles(folder)
     config = read_sae_config(folder)
@@ -102,6 +102,12 @@ def load_sae(folder: Path, *, device: str | torch.device = "cpu") -> SparseAutoe
     except (OSError, SafetensorError) as error:
         raise TrainError(f"SAE weights at {path}: expected safetensors, got: {error}.") from None
     _check_dtypes(path, sae, tensors)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise TrainError(
+                f"{name} at {path}: expected finite values, got NaN or Inf. Train it again, with a "
+                "lower --lr."
+            )
     sae.load_state_dict(tensors, assign=True)
     return sae.to(device)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.errors import TrainError
 from pipeline.sae import TopKSAE, init_weights
 from pipeline.sae.init import find_geometric_median
 
@@ -72,3 +73,11 @@ def test_b_dec_starts_where_it_is_told() -> None:
         init_weights(sae, acts, seed=0, scale_input=True, b_dec=name)  # pyright: ignore[reportArgumentType]
         torch.testing.assert_close(sae.b_dec, centre * sae.input_scale)
     assert (centres["mean"] - centres["geometric_median"]).norm() > 5
+
+
+def test_a_first_batch_of_zeros_has_no_scale() -> None:
+    sae = TopKSAE(d_model=6, d_sae=20, k=4)
+    with pytest.raises(TrainError, match="rows with a norm to scale, got zeros alone"):
+        init_weights(sae, torch.zeros(40, 6), seed=0, scale_input=True)
+    init_weights(sae, torch.zeros(40, 6), seed=0, scale_input=False)
+    assert all(tensor.isfinite().all() for tensor in sae.state_dict().values())

@@ -151,3 +151,13 @@ def test_a_tensor_of_another_dtype_than_the_others_is_refused(
 def test_float64_weights_come_back_as_they_are(sae: TopKSAE, tmp_path: Path) -> None:
     save_sae(sae.double(), tmp_path / "double")
     assert {p.dtype for p in load_sae(tmp_path / "double").parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(folder: Path, value: float) -> None:
+    path = folder / "sae.safetensors"
+    tensors = load_file(path)
+    tensors["b_dec"][2] = value
+    save_file(tensors, path)
+    with pytest.raises(TrainError, match=r"b_dec at .*expected finite values, got NaN or Inf"):
+        load_sae(folder)
