@@ -9,15 +9,22 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
+from pipeline.capture import capture, patched_loss
 from pipeline.config import load_config
 from pipeline.corpus.reader import Blocks, Corpus
 from pipeline.errors import CorpusError
 from pipeline.evaluate import activity as activity_module
-from pipeline.evaluate import evaluate_run, evaluate_saes, fit_baselines, name_architecture
+from pipeline.evaluate import evaluate_runs, evaluate_saes
 from pipeline.evaluate.activity import Activity, list_fired
-from pipeline.evaluate.held_out import read_held_out
+from pipeline.evaluate.bootstrap import draw_weights
+from pipeline.evaluate.controls import Control
+from pipeline.evaluate.faithfulness import Sums
+from pipeline.evaluate.held_out import draw_blocks, read_held_out
+from pipeline.evaluate.measure import list_blocks
+from pipeline.evaluate.stage import fit_controls
+from pipeline.evaluate.subjects import Subjects, name_architecture
 from pipeline.model import LanguageModel, load_model
 from pipeline.report import facts
 from pipeline.sae import (
@@ -96,7 +103,8 @@ def make_sae(architecture: str, beta: float = 0.0) -> SparseAutoencoder:
 class Block:
     """One held-out block without its padding: what whole runs of the bridge say of it."""
 
-    def __init__(self, model: LanguageModel, tokens: Tensor) -> None:
+    def __init__(self, model: LanguageModel, tokens: Tensor, hook: str = HOOK) -> None:
+        self.hook = hook
         self.bridge, self.inputs, self.targets = model.bridge, tokens[None, :-1], tokens[1:]
         self.rows = [i for i in range(len(self.targets)) if i not in EXCLUDE]
         leaf: list[Tensor] = []
@@ -105,30 +113,40 @@ class Block:
             leaf.append(value.detach().requires_grad_())
             return leaf[0]
 
-        loss = self.run(keep)
+        logits = self.run(keep)
+        loss = cross_entropy(logits, self.targets, reduction="sum")
         (grads,) = torch.autograd.grad(loss, leaf[0])
         self.loss, self.acts, self.grads = loss.item(), leaf[0][0].detach(), grads[0]
-        self.zero = self.patch(torch.zeros_like(self.acts), self.rows)
-        self.mean = self.patch(torch.ones_like(self.acts), self.rows)
+        self.log_p = logits.detach().double().log_softmax(-1)
+        self.zero, _ = self.patch(torch.zeros_like(self.acts), self.rows)
+        self.mean, _ = self.patch(torch.ones_like(self.acts), self.rows)
 
     def run(self, hook: Any) -> Tensor:
-        logits = self.bridge.run_with_hooks(self.inputs, fwd_hooks=[(HOOK, hook)])
-        return cross_entropy(logits[0], self.targets, reduction="sum")
+        return self.bridge.run_with_hooks(self.inputs, fwd_hooks=[(self.hook, hook)])[0]
 
     @torch.no_grad()
-    def patch(self, recon: Tensor, rows: list[int]) -> float:
+    def patch(self, recon: Tensor, rows: list[int]) -> tuple[float, float]:
+        """Summed loss, and summed KL of the original's predictions from the patched run's."""
         replaced = self.acts.clone()
         replaced[rows] = recon[rows]
-        return self.run(lambda value, hook: replaced[None]).item()  # noqa: ARG005
+        logits = self.run(lambda value, hook: replaced[None])  # noqa: ARG005
+        divergence = kl_div(
+            logits.double().log_softmax(-1), self.log_p, log_target=True, reduction="sum"
+        )
+        return cross_entropy(logits, self.targets, reduction="sum").item(), divergence.item()
 
 
 @pytest.fixture(scope="module")
 def blocks(model) -> list[Block]:
-    corpus = FewBlocks()
-    return [
-        Block(model, torch.from_numpy(tokens[: length + 1]).long())
-        for tokens, length in zip(*corpus.blocks, strict=True)
-    ]
+    return split_blocks(model, HOOK)
+
+
+def without_intervals(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures alone, each of which lay inside its interval if it has one."""
+    figures = dict(figures)
+    for name in ("loss_added", "nmse", "kl"):
+        assert figures.pop(f"{name}_low") <= figures[name] <= figures.pop(f"{name}_high")
+    return figures
 
 
 def slow_recon(sae: SparseAutoencoder, block: Block, *, steered: bool) -> tuple[Tensor, list[set]]:
@@ -143,20 +161,31 @@ def slow_recon(sae: SparseAutoencoder, block: Block, *, steered: bool) -> tuple[
     return torch.stack(recon), fired
 
 
+def split_blocks(model: LanguageModel, hook: str) -> list[Block]:
+    held_out = FewBlocks().read_blocks("held_out", 0, len(LENGTHS))
+    return [
+        Block(model, torch.from_numpy(tokens[: length + 1]).long(), hook)
+        for tokens, length in zip(*held_out, strict=True)
+    ]
+
+
 def slow_figures(blocks: list[Block], recons: list[Tensor]) -> dict[str, float]:
-    ratios, losses, all_losses = [], [], []
+    ratios, losses, all_losses, divergences = [], [], [], []
     for block, recon in zip(blocks, recons, strict=True):
         ratios += [
             ((block.acts[i] - recon[i]).norm() / block.acts[i].norm()).item() for i in block.rows
         ]
-        losses.append(block.patch(recon, block.rows))
-        all_losses.append(block.patch(recon, list(range(len(block.targets)))))
+        loss, divergence = block.patch(recon, block.rows)
+        losses.append(loss)
+        divergences.append(divergence)
+        all_losses.append(block.patch(recon, list(range(len(block.targets))))[0])
     own, zero, mean = (
         sum(getattr(block, name) for block in blocks) for name in ("loss", "zero", "mean")
     )
     return {
         "nmse": sum(ratios) / len(ratios),
         "nmse_squared": sum(ratio**2 for ratio in ratios) / len(ratios),
+        "kl": sum(divergences) / sum(LENGTHS),
         "loss": sum(losses) / sum(LENGTHS),
         "loss_added": sum(losses) / own - 1,
         "loss_added_all_positions": sum(all_losses) / own - 1,
@@ -173,6 +202,7 @@ def evaluate(model: LanguageModel, saes: dict[str, SparseAutoencoder], **changes
         "n_tokens": None,
         "batch_blocks": 4,
         "loss_tokens": (LOSS_TOKENS, 8160),
+        "bootstrap_draws": 50,
     }
     return evaluate_saes(model, FewBlocks(), saes, **arguments | changes)
 
@@ -185,7 +215,7 @@ def flatten(metrics: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.parametrize(("architecture", "beta"), MEMBERS)
 def test_figures_equal_whole_runs_row_by_row(model, blocks, architecture, beta):
     sae = make_sae(architecture, beta)
-    metrics, activities = evaluate(model, {"it": sae})
+    metrics, activities, _ = evaluate(model, {"it": sae})
     n_rows = sum(len(block.rows) for block in blocks)
     assert metrics["model"]["loss"] == pytest.approx(
         sum(block.loss for block in blocks) / sum(LENGTHS), rel=1e-5
@@ -200,7 +230,7 @@ def test_figures_equal_whole_runs_row_by_row(model, blocks, architecture, beta):
         expected = slow_figures(blocks, [recon for recon, _ in slow])
         expected["l0"] = sum(map(len, fired)) / n_rows
         expected["dead_fraction_held_out"] = 1 - len(set().union(*fired)) / D_SAE
-        got = dict(figures[mode])
+        got = without_intervals(figures[mode])
         assert got.pop("dead_fraction") is None  # of too few rows
         assert got == pytest.approx(expected, rel=1e-4)
         assert 0 < expected["l0"] < D_SAE
@@ -245,34 +275,147 @@ def test_what_selects_nothing_has_one_figure_and_no_overlap(model):
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_rows_in_small_pieces_give_the_same_figures(model, name, monkeypatch):
     sae = make_sae(name, 3e3 if ARCHITECTURES[name].selects else 0.0)
-    whole, _ = evaluate(model, {name: sae})
+    whole = evaluate(model, {name: sae})
     for module in ("measure", "scales"):
         monkeypatch.setattr(f"pipeline.evaluate.{module}.ROWS_AT_ONCE", 7)
-    pieces, _ = evaluate(model, {name: sae}, batch_blocks=2)
-    assert flatten(pieces) == pytest.approx(flatten(whole), rel=1e-4)
+    pieces = evaluate(model, {name: sae}, batch_blocks=2)
+    assert flatten(pieces.metrics) == pytest.approx(flatten(whole.metrics), rel=1e-4)
 
 
 def test_a_baseline_is_measured_as_saes_are(model, blocks):
-    metrics, _ = evaluate(model, {}, baselines={"half": lambda acts: acts / 2})
+    half = Control(lambda acts: acts / 2, ("without_gradient",), {"kind": "half"})
+    metrics, _, sums = evaluate(model, {}, controls={"half": half})
     expected = slow_figures(blocks, [block.acts / 2 for block in blocks])
-    assert metrics["baselines"] == {"half": pytest.approx(expected, rel=1e-4)}
-    assert metrics["baselines"]["half"]["nmse"] == pytest.approx(0.5)
+    del expected["loss_added_all_positions"]
+    figures = without_intervals(metrics["controls"]["half"]["without_gradient"])
+    assert {name for name, value in figures.items() if value is None} == {
+        "loss_added_all_positions",
+        "l0",
+        "dead_fraction",
+        "dead_fraction_held_out",
+    }
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert list(sums) == [("half", "without_gradient")]
+    assert figures["nmse"] == pytest.approx(0.5)
 
 
-def test_pca_of_each_k_comes_from_the_store(cached):
+def test_sums_per_block_equal_runs_of_each_block_alone(model, blocks):
+    sae = make_sae("topk", 3e3)
+    sums = evaluate(model, {"it": sae}).sums
+    order = draw_blocks(FewBlocks(), None)
+    for mode, steered in (("with_gradient", True), ("without_gradient", False)):
+        for at, number in enumerate(order):
+            block = blocks[number]
+            recon, _ = slow_recon(sae, block, steered=steered)
+            loss, divergence = block.patch(recon, block.rows)
+            error = (block.acts - recon)[block.rows].norm(dim=-1)
+            got = Sums(*(column[at].item() for column in sums["it", mode]))
+            assert (got.rows, got.patched_rows) == (len(block.targets), len(block.rows))
+            assert got.loss == pytest.approx(block.loss, rel=1e-5)
+            assert got.patched_loss == pytest.approx(loss, rel=1e-5)
+            assert got.kl == pytest.approx(divergence, rel=1e-4, abs=1e-5)
+            ratios = error / block.acts[block.rows].norm(dim=-1)
+            assert got.nmse == pytest.approx(ratios.sum().item(), rel=1e-4)
+    steered, plain = (sums["it", mode] for mode in ("with_gradient", "without_gradient"))
+    assert (steered.kl - plain.kl).abs().min() > 1e-4
+
+
+def test_rows_of_blocks_add_up_to_the_figures(model):
+    metrics, _, sums = evaluate(model, {"it": make_sae("topk")})
+    rows = list_blocks(sums)
+    assert [(row["mode"], row["block"]) for row in rows] == [
+        (mode, block) for mode in ("with_gradient", "without_gradient") for block in range(6)
+    ]
+    total = {key: sum(row[key] for row in rows) for key in rows[0] if key not in ("name", "mode")}
+    figures = metrics["saes"]["it"]["with_gradient"]
+    assert total["kl_sum"] / total["rows"] == pytest.approx(figures["kl"])
+    assert total["nmse_sum"] / total["patched_rows"] == pytest.approx(figures["nmse"])
+    assert total["patched_loss"] / total["loss"] - 1 == pytest.approx(figures["loss_added"])
+
+
+def test_a_hook_that_others_go_around_runs_the_whole_model(model):
+    hook = "blocks.1.hook_mlp_out"
+    slow = split_blocks(model, hook)
+    expected = slow_figures(slow, [block.acts / 2 for block in slow])
+    half = Control(lambda acts: acts / 2, ("without_gradient",), {"kind": "half"})
+    metrics = evaluate(model, {}, controls={"half": half}, hook=hook).metrics
+    figures = metrics["controls"]["half"]["without_gradient"]
+    for name in ("loss_added", "kl", "nmse"):
+        assert figures[name] == pytest.approx(expected[name], rel=1e-4)
+    assert figures["kl"] > 1e-3
+
+
+def test_a_reconstruction_without_error_adds_nothing(model):
+    same = Control(lambda acts: acts.clone(), ("without_gradient",), {"kind": "same"})
+    figures = evaluate(model, {}, controls={"same": same}).metrics["controls"]["same"]
+    assert figures["without_gradient"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert figures["without_gradient"]["loss_added"] == pytest.approx(0, abs=1e-6)
+
+
+def test_intervals_are_quantiles_over_resampled_blocks(model):
+    metrics, _, sums = evaluate(model, {"it": make_sae("topk", 3e3)}, bootstrap_draws=40)
+    weights = draw_weights(len(LENGTHS), draws=40)[1:].tolist()
+    for mode in ("with_gradient", "without_gradient"):
+        rows = [row for row in list_blocks(sums) if row["mode"] == mode]
+        found = metrics["saes"]["it"][mode]
+        for name, above, below, less in (
+            ("loss_added", "patched_loss", "loss", 1),
+            ("nmse", "nmse_sum", "patched_rows", 0),
+            ("kl", "kl_sum", "rows", 0),
+        ):
+            values = []
+            for draw in weights:
+                picked = [row for row, n in zip(rows, draw, strict=True) for _ in range(int(n))]
+                total, by = (sum(row[key] for row in picked) for key in (above, below))
+                values.append(total / by - less)
+            assert (found[f"{name}_low"], found[f"{name}_high"]) == pytest.approx(
+                tuple(np.quantile(values, [0.025, 0.975]))
+            )
+
+
+def test_saes_of_own_loss_select_with_its_gradient(model):
+    sae = make_sae("topk", 3e3)
+    figures = {}
+    for own in ((), ("it",)):
+        found = evaluate(model, {"it": sae}, own_loss=own).metrics["saes"]["it"]
+        figures[own] = found["with_gradient"]["loss"], found["without_gradient"]["loss"]
+        overlap = found["selection_overlap"]
+        assert 0 < overlap < 1
+    (full, plain), (own, still_plain) = figures.values()
+    assert plain == still_plain
+    tokens, lengths = FewBlocks().read_blocks("held_out", 0, 6)
+    losses = []
+    for block, length in zip(tokens, lengths, strict=True):
+        one = torch.from_numpy(block[: length + 1]).long()[None]
+        captured = capture(model, one, (HOOK,), loss="own")
+        acts, grads = captured.acts[HOOK], captured.grads[HOOK]
+        with torch.no_grad():
+            recon = sae(acts[0], grads[0], one[0, :-1]).recon[None]
+        left_out = torch.isin(torch.arange(int(length)), torch.tensor(EXCLUDE))
+        replacement = torch.where(left_out[None, :, None], acts, recon)
+        losses.append(patched_loss(model, one, HOOK, replacement).sum().item())
+    assert own == pytest.approx(sum(losses) / sum(LENGTHS), rel=1e-4)
+    assert abs(own - full) > 1e-4
+
+
+def test_the_model_is_described(model):
+    about = evaluate(model, {"it": make_sae("topk")}).metrics["model"]
+    block = 2 * 2 * D_MODEL + 4 * D_MODEL**2 + 4 * D_MODEL + 8 * D_MODEL**2 + 5 * D_MODEL
+    expected = (VOCAB + CONTEXT) * D_MODEL + 3 * block + 2 * D_MODEL
+    assert about["n_parameters"] == expected
+    assert (about["n_layers"], about["layer"], about["d_model"]) == (3, 1, D_MODEL)
+
+
+def test_controls_of_a_run_come_from_its_store(cached):
     store = open_store(cached / "stores/tiny")
     saes = {f"k{k}": TopKSAE(d_model=16, d_sae=32, k=k) for k in (4, 8)}
-    baselines, about = fit_baselines(store, store.hooks[0], saes, (0,))
+    facts = {name: {"architecture": "topk"} for name in saes}
+    controls = fit_controls(store, store.hooks[0], Subjects((), dict(saes), facts), (0,))
     rows = store.read_shard(0, store.hooks[0])
     acts = rows.acts[rows.position > 0]
-    errors = [(recon(acts) - acts).square().sum().item() for recon in baselines.values()]
-    assert list(baselines) == ["pca-k4", "pca-k8"]
+    errors = [(controls[f"pca-k{k}"].code(acts) - acts).square().sum().item() for k in (4, 8)]
     assert errors[1] < errors[0] < (acts - acts.mean(0)).square().sum().item()
-    assert about["pca-k4"] == {
-        "kind": "pca",
-        "k": 4,
-        "fitted_rows": store.n_rows - store.manifest.n_blocks,
-    }
+    assert controls["pca-k4"].facts["fitted_rows"] == store.n_rows - store.manifest.n_blocks
 
 
 def test_an_end_to_end_sae_goes_by_its_objective():
@@ -295,9 +438,11 @@ def test_a_run_s_results_name_architectures_and_baselines(cached, tmp_path, monk
         "store_fingerprint": store.manifest.fingerprint,
     }
     (tmp_path / "run" / "config.json").write_text(json.dumps(run))
-    metrics = evaluate_run(
-        load_config(Path("configs/tiny.yaml"), {"evaluate.tokens": 100}),
-        run_folder=tmp_path / "run",
+    without = ("sensitivity_rows", "perturbation_samples", "steering_latents", "splitting_latents")
+    settings = {"evaluate.tokens": 100, **{f"evidence.{name}": 0 for name in without}}
+    metrics = evaluate_runs(
+        load_config(Path("configs/tiny.yaml"), settings),
+        run_folders=[tmp_path / "run"],
         corpus_folder=Path("data/tiny"),
         store="stores/tiny",
         out=tmp_path / "results",
@@ -305,9 +450,9 @@ def test_a_run_s_results_name_architectures_and_baselines(cached, tmp_path, monk
     assert json.loads((tmp_path / "results/metrics.json").read_text()) == metrics
     named = {name: (sae["architecture"], sae["seed"]) for name, sae in metrics["saes"].items()}
     assert named == {"relu-k4-beta0": ("relu", 3), "end_to_end-k4-beta0": ("end_to_end", 3)}
-    assert list(metrics["baselines"]) == ["pca-k4"]
-    assert 0 < metrics["baselines"]["pca-k4"]["nmse"] < 1
-    assert metrics["baselines"]["pca-k4"]["k"] == 4
+    assert list(metrics["controls"]) == ["random-k4-d48", "pca-k4", "pca-topk-k4"]
+    assert 0 < metrics["controls"]["pca-k4"]["without_gradient"]["nmse"] < 1
+    assert metrics["controls"]["pca-k4"]["k"] == 4
     with (tmp_path / "results/saes.csv").open() as file:
         rows = [(row["sae"], row["architecture"], row["mode"]) for row in csv.DictReader(file)]
     assert rows == [

@@ -21,13 +21,15 @@ class Activity:
     `dead_fraction` is the paper's: the fraction of latents without an activation in 5 * 4096
     consecutive rows, averaged over the ends of all batches that have so many rows behind them; None
     where there are too few rows. `dead_fraction_held_out` counts those that never fired at all.
+    `dead_ends` is at how many of those ends, `n_ends` of them, each latent was dead.
     """
 
     def __init__(self, d_sae: int) -> None:
         self.n_rows = 0
         self.firings = torch.zeros(d_sae, dtype=torch.int64)
         self._last_row = torch.full((d_sae,), -1)  # row after which each latent last fired
-        self._dead_fractions: list[float] = []
+        self.dead_ends = torch.zeros(d_sae, dtype=torch.int64)
+        self.n_ends = 0
 
     def add(
         self, rows: Int[Tensor, " fired"], latents: Int[Tensor, " fired"], *, n_rows: int
@@ -38,8 +40,8 @@ class Activity:
         self._last_row.scatter_reduce_(0, latents, self.n_rows + rows + 1, reduce="amax")
         self.n_rows += n_rows
         if self.n_rows >= DEAD_WINDOW_ROWS:
-            dead = self._last_row <= self.n_rows - DEAD_WINDOW_ROWS
-            self._dead_fractions.append(dead.float().mean().item())
+            self.dead_ends += self._last_row <= self.n_rows - DEAD_WINDOW_ROWS
+            self.n_ends += 1
 
     @property
     def l0(self) -> float:
@@ -48,9 +50,7 @@ class Activity:
 
     @property
     def dead_fraction(self) -> float | None:
-        if not self._dead_fractions:
-            return None
-        return sum(self._dead_fractions) / len(self._dead_fractions)
+        return self.dead_ends.double().mean().item() / self.n_ends if self.n_ends else None
 
     @property
     def dead_fraction_held_out(self) -> float:

@@ -38,14 +38,8 @@ def read_held_out(
     """Held-out blocks in a fixed random order, so that `n_tokens` of them are a sample of all
     documents. Raises CorpusError if fewer are held out.
     """
-    order = _draw_blocks(corpus, n_tokens)
-    for i in range(0, len(order), batch_blocks):
-        blocks = [
-            corpus.read_blocks("held_out", int(j), 1)
-            for j in order[i : min(i + batch_blocks, len(order))]
-        ]
-        tokens = torch.from_numpy(np.concatenate([b.tokens for b in blocks])).long()
-        lengths = torch.from_numpy(np.concatenate([b.lengths for b in blocks]))
+    order = draw_blocks(corpus, n_tokens)
+    for tokens, lengths in read_batches(corpus, order, batch_blocks=batch_blocks):
         yield look_at(
             model,
             tokens.to(model.device),
@@ -53,6 +47,16 @@ def read_held_out(
             hook,
             exclude_positions=exclude_positions,
         )
+
+
+def read_batches(
+    corpus: Corpus, blocks: np.ndarray, *, batch_blocks: int
+) -> Iterator[tuple[Int[Tensor, "blocks context_and_one"], Int[Tensor, " blocks"]]]:
+    """Tokens and lengths of these held-out blocks, in this order, batch_blocks at a time."""
+    for i in range(0, len(blocks), batch_blocks):
+        read = [corpus.read_blocks("held_out", int(j), 1) for j in blocks[i : i + batch_blocks]]
+        tokens = torch.from_numpy(np.concatenate([b.tokens for b in read])).long()
+        yield tokens, torch.from_numpy(np.concatenate([b.lengths for b in read]))
 
 
 def look_at(
@@ -79,7 +83,12 @@ def look_at(
     )
 
 
-def _draw_blocks(corpus: Corpus, n_tokens: int | None) -> np.ndarray:
+def draw_blocks(corpus: Corpus, n_tokens: int | None) -> np.ndarray:
+    """Held-out blocks in a fixed random order: the first with n_tokens real rows, or all of them.
+
+    Any first part of the order is a sample of all documents. Raises CorpusError if fewer rows are
+    held out.
+    """
     lengths = corpus.lengths("held_out")
     available = int(lengths.sum())
     if n_tokens is not None and n_tokens > available:

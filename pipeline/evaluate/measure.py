@@ -1,73 +1,105 @@
-"""One pass over held-out text: every SAE patched into the model, with and without the gradient at
-inference, and what they are compared with.
+"""One pass over held-out text: every SAE and control patched into the model, with and without the
+gradient at inference.
 
-The g-SAE's selection uses the gradient of the very loss that is then measured, so it sees the
-label. Every figure is therefore taken twice: with the gradient (the paper's protocol) and without
-it (beta = 0 at inference, what an exported SAE does). Positions that training left out stay
-unpatched; beside it stands the loss with all positions patched.
+Positions that training left out stay unpatched; beside it stands the loss with all positions
+patched. Everything is summed per block, so that intervals can be had by resampling blocks.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.capture import patched_loss
+from pipeline.capture import capture
 from pipeline.corpus.reader import Corpus
 from pipeline.evaluate.activity import Activity, list_fired
-from pipeline.evaluate.faithfulness import ce_recovered, loss_added, nmse_per_row
+from pipeline.evaluate.controls import Baseline, Control
+from pipeline.evaluate.faithfulness import MODES, Sums, nmse_per_row
 from pipeline.evaluate.held_out import HeldOut, read_held_out
+from pipeline.evaluate.patching import Patcher, Reference
 from pipeline.evaluate.scales import NOTHING_SELECTED, ROWS_AT_ONCE, ScaleTotals
+from pipeline.evaluate.summary import describe_model, describe_sae, describe_text, summarise_all
 from pipeline.model import LanguageModel
 from pipeline.sae import SparseAutoencoder
 
-MODES = ("with_gradient", "without_gradient")
 
-Baseline = Callable[[Float[Tensor, "rows d_model"]], Float[Tensor, "rows d_model"]]  # acts → recon
+class Measured(NamedTuple):
+    """What one pass says."""
+
+    metrics: dict[str, Any]  # as metrics.json has it
+    activities: dict[str, dict[str, Activity]]  # by SAE and mode
+    sums: dict[tuple[str, str], Sums]  # by SAE or control, and mode
 
 
 class Totals:
-    """Sums over held-out rows of one reconstruction."""
+    """Sums per held-out block of one reconstruction."""
 
     def __init__(self) -> None:
-        self.nmse = 0.0
-        self.nmse_squared = 0.0
-        self.loss = 0.0
-        self.loss_all_positions = 0.0
+        self._batches: list[Tensor] = []  # [columns of Sums, blocks]
 
-    def add(self, model: LanguageModel, batch: HeldOut, hook: str, recon: Tensor) -> None:
-        """Compare x̂ [blocks, context, d_model] with x, and patch it in."""
-        ratios = nmse_per_row(batch.acts[batch.patched], recon[batch.patched]).double()
-        self.nmse += ratios.sum().item()
-        self.nmse_squared += ratios.square().sum().item()
-        self.loss += _patched_sum(model, batch, hook, recon)
-        self.loss_all_positions += _patched_sum(model, batch, hook, recon, all_positions=True)
+    def add(
+        self,
+        patcher: Patcher,
+        batch: HeldOut,
+        reference: Reference,
+        recon: Float[Tensor, "blocks context d_model"],
+        *,
+        all_positions: bool,
+    ) -> None:
+        """Compare x̂ with x, and patch it in; a second time at all positions if asked."""
+        outcome = everywhere = patcher.patch(batch, reference, recon)
+        nmse = torch.zeros_like(batch.loss)
+        nmse[batch.patched] = nmse_per_row(batch.acts[batch.patched], recon[batch.patched])
+        if all_positions and not torch.equal(batch.real, batch.patched):
+            everywhere = patcher.patch(batch, reference, recon, all_positions=True)
+        columns = Sums(
+            rows=batch.real,
+            patched_rows=batch.patched,
+            loss=batch.loss,
+            patched_loss=outcome.loss,
+            nmse=nmse,
+            nmse_squared=nmse.double().square(),
+            kl=outcome.kl,
+            loss_all_positions=everywhere.loss if all_positions else nmse * torch.nan,
+        )
+        self._batches.append(torch.stack([column.double().sum(1) for column in columns]).cpu())
+
+    def sums(self) -> Sums:
+        return Sums(*torch.cat(self._batches, dim=1))
 
 
-class SaeTotals:
-    """Sums over held-out rows of one SAE, by mode; where beta is 0 the two modes are one."""
+class Code:
+    """One SAE, control or ablation, and its sums by mode; where beta is 0 the two modes are one."""
 
-    def __init__(self, sae: SparseAutoencoder, loss_tokens: tuple[int, ...]) -> None:
-        modes = MODES if sae.beta else MODES[:1]
+    def __init__(self, code: SparseAutoencoder | Baseline, modes: Sequence[str]) -> None:
+        self.code = code
         self.totals = {mode: Totals() for mode in modes}
-        self.activities = {mode: Activity(sae.d_sae) for mode in modes}
-        self.scales = ScaleTotals(sae, loss_tokens) if sae.selects else None
+        self.activities = {
+            mode: Activity(code.d_sae) for mode in modes if isinstance(code, SparseAutoencoder)
+        }
 
-    def add(self, model: LanguageModel, batch: HeldOut, hook: str, sae: SparseAutoencoder) -> None:
+    def add(
+        self, patcher: Patcher, batch: HeldOut, reference: Reference, *, all_positions: bool = False
+    ) -> None:
         """Reconstruct and patch one batch in each mode."""
         for mode, total in self.totals.items():
-            recon = reconstruct(
-                sae, batch, self.activities[mode], with_gradient=mode == "with_gradient"
-            )
-            total.add(model, batch, hook, recon)
-        if self.scales:
-            self.scales.add(sae, batch)
+            recon = reconstruct(self.code, batch, self.activities.get(mode), mode=mode)
+            total.add(patcher, batch, reference, recon, all_positions=all_positions)
 
-    def in_mode(self, mode: str) -> tuple[Totals, Activity]:
-        mode = mode if mode in self.totals else MODES[0]
-        return self.totals[mode], self.activities[mode]
+    def find_mode(self, mode: str) -> str:
+        """The mode that stands for `mode`."""
+        return mode if mode in self.totals else next(iter(self.totals))
+
+
+class _Pass(NamedTuple):
+    """Everything that is measured, by name."""
+
+    ablated: dict[str, Code]
+    compared: dict[str, Code]  # controls
+    measured: dict[str, Code]  # SAEs
+    scales: dict[str, ScaleTotals]  # of those that select
 
 
 @torch.no_grad()
@@ -82,23 +114,32 @@ def evaluate_saes(
     n_tokens: int | None,
     batch_blocks: int,
     loss_tokens: tuple[int, ...],
-    baselines: Mapping[str, Baseline] | None = None,
+    bootstrap_draws: int,
+    controls: Mapping[str, Control] | None = None,
+    own_loss: Collection[str] = (),
     on_progress: Callable[[int], None] | None = None,
-) -> tuple[dict[str, Any], dict[str, dict[str, Activity]]]:
-    """Measure every SAE on the corpus's held-out blocks; returns metrics and activities by member
-    and mode.
+) -> Measured:
+    """Measure every SAE on the corpus's held-out blocks.
 
-    `mean_act` [d_model] is what mean ablation patches in. Losses are means in nats over all real
-    held-out rows, NMSE over those whose position training did not leave out. An architecture that
-    selects nothing has None for what beta does, and the same figures in both modes. `baselines` are
-    reconstructed and patched in the same way. Raises CorpusError if fewer than `n_tokens` are held
-    out.
+    `mean_act` [d_model] is what mean ablation patches in. Losses and KL are means in nats over all
+    real held-out rows, NMSE over those whose position training did not leave out. Intervals are
+    those of bootstrap_draws resamplings of blocks. An architecture that selects nothing has None
+    for what beta does, and the same figures in both modes. `controls` are reconstructed and patched
+    in the same way, but not at all positions. SAEs named in `own_loss` select with the gradient of
+    each token's own loss, as they were trained to. Raises CorpusError if fewer than `n_tokens` are
+    held out.
     """
-    baselines = baselines or {}
-    measured = {name: SaeTotals(sae, loss_tokens) for name, sae in saes.items()}
-    compared = {name: Totals() for name in baselines}
-    n_rows = n_patched = 0
-    sums = {"loss": 0.0, "zero": 0.0, "mean": 0.0}
+    controls = controls or {}
+    patcher = Patcher(model, hook)
+    codes = _Pass(
+        ablated={
+            "zero": Code(torch.zeros_like, MODES[1:]),
+            "mean": Code(mean_act.expand_as, MODES[1:]),
+        },
+        compared={name: Code(control.code, control.modes) for name, control in controls.items()},
+        measured={name: Code(sae, MODES if sae.beta else MODES[:1]) for name, sae in saes.items()},
+        scales={name: ScaleTotals(sae, loss_tokens) for name, sae in saes.items() if sae.selects},
+    )
     for batch in read_held_out(
         model,
         corpus,
@@ -107,112 +148,108 @@ def evaluate_saes(
         n_tokens=n_tokens,
         batch_blocks=batch_blocks,
     ):
-        n_rows += int(batch.real.sum())
-        n_patched += int(batch.patched.sum())
-        sums["loss"] += batch.loss[batch.real].sum().item()
-        sums["zero"] += _patched_sum(model, batch, hook, torch.zeros_like(batch.acts))
-        sums["mean"] += _patched_sum(model, batch, hook, mean_act.expand_as(batch.acts))
-        for name, sae in saes.items():
-            measured[name].add(model, batch, hook, sae)
-        for name, baseline in baselines.items():
-            recon = baseline(batch.acts.flatten(0, 1)).view_as(batch.acts)
-            compared[name].add(model, batch, hook, recon)
+        reference = patcher.look(batch)
+        own = _with_own_grads(model, batch, hook) if own_loss else batch
+        for code in (*codes.ablated.values(), *codes.compared.values()):
+            code.add(patcher, batch, reference)
+        for name, code in codes.measured.items():
+            seen = own if name in own_loss else batch
+            code.add(patcher, seen, reference, all_positions=True)
+            if name in codes.scales:
+                codes.scales[name].add(saes[name], seen)
         if on_progress:
             on_progress(int(batch.real.sum()))
+    about = {"hook": hook, "model": describe_model(model, hook)}
+    return _gather(about, codes, saes, controls, draws=bootstrap_draws)
 
-    means = {key: value / n_rows for key, value in sums.items()}
+
+def _with_own_grads(model: LanguageModel, batch: HeldOut, hook: str) -> HeldOut:
+    """The batch with each row's gradient of its own loss in place of that of all later ones."""
+    captured = capture(model, batch.tokens, (hook,), lengths=batch.lengths, loss="own")
+    return batch._replace(grads=captured.grads[hook])
+
+
+def _gather(
+    about: Mapping[str, Any],
+    codes: _Pass,
+    saes: Mapping[str, SparseAutoencoder],
+    controls: Mapping[str, Control],
+    *,
+    draws: int,
+) -> Measured:
+    """What the sums say."""
+    measured, compared, scales = codes.measured, codes.compared, codes.scales
+    sums = {
+        (name, mode): code.totals[code.find_mode(mode)].sums()
+        for name, code in (measured | compared).items()
+        for mode in (MODES if name in measured else code.totals)
+    }
+    ablations = {name: code.totals[MODES[1]].sums() for name, code in codes.ablated.items()}
+    fired = {
+        (name, mode): code.activities[code.find_mode(mode)]
+        for name, code in (measured | compared).items()
+        for mode in (MODES if name in measured else code.activities)
+    }
+    figures = summarise_all(sums, fired, ablations, draws=draws)
     metrics = {
-        "hook": hook,
-        "model": {
-            "tokens": n_rows,
-            "loss": means["loss"],
-            "loss_zero_ablation": means["zero"],
-            "loss_mean_ablation": means["mean"],
-        },
+        "hook": about["hook"],
+        "model": about["model"] | describe_text(ablations),
         "saes": {
-            name: _describe(sae) | _summarise_sae(measured[name], means, n_rows, n_patched)
+            name: describe_sae(sae)
+            | figures[name]
+            | (scales[name].summarise() if name in scales else NOTHING_SELECTED)
             for name, sae in saes.items()
         },
-        "baselines": {
-            name: _summarise(total, means, n_rows, n_patched) for name, total in compared.items()
-        },
+        "controls": {name: control.facts | figures[name] for name, control in controls.items()},
     }
-    activities = {
-        name: {mode: sums.in_mode(mode)[1] for mode in MODES} for name, sums in measured.items()
-    }
-    return metrics, activities
+    activities = {name: {mode: fired[name, mode] for mode in MODES} for name in measured}
+    return Measured(metrics, activities, sums)
 
 
 def reconstruct(
-    sae: SparseAutoencoder, batch: HeldOut, activity: Activity, *, with_gradient: bool
+    code: SparseAutoencoder | Baseline,
+    batch: HeldOut,
+    activity: Activity | None,
+    *,
+    mode: str,
 ) -> Float[Tensor, "blocks context d_model"]:
     """x̂ of all rows, a few hundred at a time; `activity` counts what fires on the patched ones."""
+    if not isinstance(code, SparseAutoencoder):
+        return code(batch.acts.flatten(0, 1)).view_as(batch.acts)
     patched = batch.patched.flatten()
     columns = (batch.acts.flatten(0, 1), batch.grads.flatten(0, 1), batch.tokens[:, :-1].flatten())
     parts, fired_rows, fired_latents = [], [], []
     pieces = (column.split(ROWS_AT_ONCE) for column in columns)
     for i, (acts, grads, tokens) in enumerate(zip(*pieces, strict=True)):
-        latents = sae.encode(acts, grads if with_gradient else None, tokens)
-        parts.append(sae.decode(latents, tokens))
+        latents = code.encode(acts, grads if mode == "with_gradient" else None, tokens)
+        parts.append(code.decode(latents, tokens))
         rows, indices = list_fired(latents)
         fired_rows.append(rows + i * ROWS_AT_ONCE)
         fired_latents.append(indices)
     rows, latents = torch.cat(fired_rows), torch.cat(fired_latents)
     counted = patched[rows]
     number = patched.cumsum(0) - 1  # of each patched row among the patched ones
-    activity.add(number[rows[counted]], latents[counted], n_rows=int(patched.sum()))
+    if activity:
+        activity.add(number[rows[counted]], latents[counted], n_rows=int(patched.sum()))
     return torch.cat(parts).view_as(batch.acts)
 
 
-def _patched_sum(
-    model: LanguageModel,
-    batch: HeldOut,
-    hook: str,
-    replacement: Tensor,
-    *,
-    all_positions: bool = False,
-) -> float:
-    where = batch.real if all_positions else batch.patched
-    patched = torch.where(where[..., None], replacement, batch.acts)
-    loss = patched_loss(model, batch.tokens, hook, patched, lengths=batch.lengths)
-    return loss[batch.real].sum().item()
-
-
-def _describe(sae: SparseAutoencoder) -> dict[str, Any]:
-    """What the SAE is; k is the L0 wanted where the architecture does not fix it."""
-    return {
-        "architecture": sae.architecture,
-        "k": sae.k,
-        "beta": sae.beta,
-        "d_sae": sae.d_sae,
-        "loss_tokens": sae.loss_tokens,
-    }
-
-
-def _summarise_sae(
-    sums: SaeTotals, means: dict[str, float], n_rows: int, n_patched: int
-) -> dict[str, Any]:
-    modes = {}
-    for mode in MODES:
-        total, activity = sums.in_mode(mode)
-        modes[mode] = _summarise(total, means, n_rows, n_patched) | {
-            "l0": activity.l0,
-            "dead_fraction": activity.dead_fraction,
-            "dead_fraction_held_out": activity.dead_fraction_held_out,
+def list_blocks(sums: Mapping[tuple[str, str], Sums]) -> list[dict[str, Any]]:
+    """One row per SAE or control, mode and block, blocks numbered as they were read."""
+    return [
+        {
+            "name": name,
+            "mode": mode,
+            "block": block,
+            "rows": int(rows),
+            "patched_rows": int(patched_rows),
+            "loss": loss,
+            "patched_loss": patched_loss,
+            "nmse_sum": nmse,
+            "kl_sum": kl,
         }
-    return modes | (sums.scales.summarise() if sums.scales else NOTHING_SELECTED)
-
-
-def _summarise(
-    total: Totals, means: dict[str, float], n_rows: int, n_patched: int
-) -> dict[str, float]:
-    loss = total.loss / n_rows
-    return {
-        "nmse": total.nmse / n_patched,
-        "nmse_squared": total.nmse_squared / n_patched,
-        "loss": loss,
-        "loss_added": loss_added(means["loss"], loss),
-        "loss_added_all_positions": loss_added(means["loss"], total.loss_all_positions / n_rows),
-        "ce_recovered_zero": ce_recovered(means["loss"], loss, means["zero"]),
-        "ce_recovered_mean": ce_recovered(means["loss"], loss, means["mean"]),
-    }
+        for (name, mode), of_blocks in sums.items()
+        for block, (rows, patched_rows, loss, patched_loss, nmse, _, kl, _) in enumerate(
+            zip(*(column.tolist() for column in of_blocks), strict=True)
+        )
+    ]

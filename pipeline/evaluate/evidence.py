@@ -1,0 +1,174 @@
+"""All measurements of one evaluation, each to its table: what the report's exhibits show."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.corpus.reader import Corpus
+from pipeline.evaluate.claims import decide_claims
+from pipeline.evaluate.comparisons import Evidence
+from pipeline.evaluate.controls import list_controls
+from pipeline.evaluate.density import list_firing_curves, measure_dead, measure_medians
+from pipeline.evaluate.faithfulness import MODES
+from pipeline.evaluate.fronts import list_fronts
+from pipeline.evaluate.measure import Measured
+from pipeline.evaluate.perturbation import measure_perturbation
+from pipeline.evaluate.sensitivity import measure_sensitivity
+from pipeline.evaluate.splitting import measure_splitting
+from pipeline.evaluate.steering import measure_steering
+from pipeline.model import LanguageModel, name_site
+from pipeline.sae import SparseAutoencoder
+
+Rows = list[dict[str, Any]]
+_SITES = ("resid_post", "mlp_out")  # of Fig. 3: named by its caption, and by the text
+
+
+class Scene(NamedTuple):
+    """What is measured, and what the first pass over the text found."""
+
+    model: LanguageModel
+    corpus: Corpus
+    saes: Mapping[str, SparseAutoencoder]
+    hook: str
+    exclude_positions: tuple[int, ...]
+    measured: Measured
+
+
+def list_tables(scene: Scene, config: Config, *, tell: Callable[[str], None]) -> dict[str, Rows]:
+    """Every table by name; those of a measurement whose size is 0 have no rows."""
+    measured, draws = scene.measured, config.evidence.bootstrap_draws
+    ks = {name: sae.k for name, sae in scene.saes.items()}
+    saes = list_saes(measured.metrics["saes"])
+    tables = {
+        "saes": saes,
+        "controls": list_controls(measured.metrics["controls"]),
+        "fronts": list_fronts(saes),
+        "firing": list_firing_curves(measured.activities),
+        "density_medians": measure_medians(measured.activities, ks, draws=draws),
+        "dead": measure_dead(measured.activities, ks, draws=draws),
+    }
+    for name, measure in _MEASUREMENTS.items():
+        tell(name)
+        tables |= measure(scene, config)
+    tables["claims"] = [
+        claim._asdict()
+        for claim in decide_claims(
+            Evidence(
+                saes=measured.metrics["saes"],
+                controls=measured.metrics["controls"],
+                sums=measured.sums,
+                activities=measured.activities,
+                tables={name: rows for name, rows in tables.items() if rows},
+                alpha=config.evidence.steering_alpha,
+                draws=draws,
+            )
+        )
+    ]
+    return tables
+
+
+def list_saes(saes: Mapping[str, Mapping[str, Any]]) -> Rows:
+    """One row per SAE and mode, of metrics["saes"], for `dvc plots` and spreadsheets."""
+    facts = ("architecture", "k", "beta", "d_sae", "gradient", "seed")
+    return [
+        {"sae": name, **{key: sae[key] for key in facts}, "mode": mode, **sae[mode]}
+        for name, sae in saes.items()
+        for mode in MODES
+    ]
+
+
+def _measure_sensitivity(scene: Scene, config: Config) -> dict[str, Rows]:
+    if not config.evidence.sensitivity_rows:
+        return {}
+    rows = measure_sensitivity(
+        scene.model,
+        scene.corpus,
+        exclude_positions=scene.exclude_positions,
+        n_rows=config.evidence.sensitivity_rows,
+        batch_blocks=config.evaluate.batch_blocks,
+        draws=config.evidence.bootstrap_draws,
+    )
+    return {"sensitivity": rows}
+
+
+def _measure_perturbation(scene: Scene, config: Config) -> dict[str, Rows]:
+    evidence, model = config.evidence, scene.model
+    layers = evidence.perturbation_layers
+    layers = range(model.facts.n_layers) if layers is None else layers
+    offered = [
+        site for site in _SITES if all(name_site(layer, site) in model.sites for layer in layers)
+    ]
+    if not evidence.perturbation_samples or not offered:
+        return {}
+    rows = measure_perturbation(
+        model,
+        scene.corpus,
+        sites=offered,
+        layers=layers,
+        sizes=evidence.perturbation_sizes,
+        n_samples=evidence.perturbation_samples,
+        context=evidence.perturbation_context,
+        exclude_positions=scene.exclude_positions,
+        draws=evidence.bootstrap_draws,
+    )
+    return {"perturbation": rows}
+
+
+def _measure_steering(scene: Scene, config: Config) -> dict[str, Rows]:
+    evidence = config.evidence
+    if not evidence.steering_latents:
+        return {}
+    return measure_steering(
+        scene.model,
+        scene.corpus,
+        scene.saes,
+        {name: live.nonzero()[:, 0] for name, live in _find_live(scene).items()},
+        hook=scene.hook,
+        exclude_positions=scene.exclude_positions,
+        n_latents=evidence.steering_latents,
+        n_sequences=evidence.steering_sequences,
+        context=evidence.steering_context,
+        n_tokens=evidence.steering_tokens,
+        alphas=evidence.steering_alphas,
+        alpha=evidence.steering_alpha,
+        draws=evidence.bootstrap_draws,
+    )
+
+
+def _measure_splitting(scene: Scene, config: Config) -> dict[str, Rows]:
+    evidence = config.evidence
+    if not evidence.splitting_latents:
+        return {}
+    found = measure_splitting(
+        scene.model,
+        scene.corpus,
+        scene.saes,
+        _find_live(scene),
+        hook=scene.hook,
+        exclude_positions=scene.exclude_positions,
+        n_latents=evidence.splitting_latents,
+        n_blocks=evidence.splitting_blocks,
+        batch_blocks=config.evaluate.batch_blocks,
+        draws=evidence.bootstrap_draws,
+    )
+    return {
+        "splitting": found.histogram,
+        "splitting_gradients": found.gradients,
+        "splitting_summary": found.summary,
+    }
+
+
+def _find_live(scene: Scene) -> dict[str, Tensor]:
+    """Which latents of each SAE fired on held-out text, with the gradient: bool [d_sae]."""
+    activities = scene.measured.activities
+    return {name: modes[MODES[0]].firings > 0 for name, modes in activities.items()}
+
+
+_MEASUREMENTS: dict[str, Callable[[Scene, Config], dict[str, Rows]]] = {
+    "sensitivity": _measure_sensitivity,
+    "perturbation": _measure_perturbation,
+    "steering": _measure_steering,
+    "splitting": _measure_splitting,
+}

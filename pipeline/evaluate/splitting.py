@@ -1,0 +1,267 @@
+"""Near-duplicates among decoder rows, and the gradients along them (Olmo et al. 2024, section 4.3,
+Fig. 8 bottom and Table 2).
+
+The paper's claim is that latents in the right tail, whose decoder rows lie close to another one,
+are those along which the loss changes most: the gradient's size rises from the left tail through
+the middle to the right, and more so in the g-SAE.
+
+All of it is about live latents: a dead latent's row is what training left of its random start.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from pipeline.corpus.reader import Corpus
+from pipeline.evaluate.activity import list_fired
+from pipeline.evaluate.bootstrap import draw_weights, find_interval, spread_interval
+from pipeline.evaluate.held_out import HeldOut, draw_blocks, look_at, read_batches
+from pipeline.evaluate.scales import ROWS_AT_ONCE
+from pipeline.model import LanguageModel
+from pipeline.sae import SparseAutoencoder
+
+BIN_WIDTH = 0.025  # of the histogram
+GROUPS = ("left", "middle", "right")
+
+
+class SplittingTables(NamedTuple):
+    """Rows of three tables."""
+
+    histogram: list[dict[str, Any]]  # splitting
+    gradients: list[dict[str, Any]]  # splitting_gradients
+    summary: list[dict[str, Any]]  # splitting_summary
+
+
+class Tails(NamedTuple):
+    """Places of latents in a list of cosines, equally many each."""
+
+    left: Int[Tensor, " n"]  # the lowest cosines
+    middle: Int[Tensor, " n"]  # those around the median
+    right: Int[Tensor, " n"]  # the highest
+
+
+class Picked(NamedTuple):
+    """What is measured of one SAE."""
+
+    live: Int[Tensor, " live"]  # latents; none where a single one is live, with none to be near
+    cosines: Float[Tensor, " live"]  # of each with its nearest
+    tails: Tails  # places in the two above
+
+    @property
+    def latents(self) -> Int[Tensor, " picked"]:
+        """Those of the left tail, then of the middle, then of the right."""
+        return self.live[torch.cat(self.tails)]
+
+
+class BlockSums(NamedTuple):
+    """Sums over each block's patched rows, of each picked latent i; d_i is its unit decoder row."""
+
+    gradient: Float[Tensor, "blocks picked"]  # |d_i . grad|, nats per unit of activation
+    rows: Float[Tensor, "blocks picked"]  # 1
+    gradient_active: Float[Tensor, "blocks picked"]  # |d_i . grad| where the latent fires
+    rows_active: Float[Tensor, "blocks picked"]  # 1 where it fires
+
+
+class GroupMeans(NamedTuple):
+    """Means of |d_i . grad| in each resampling, by GROUPS."""
+
+    gradient: Float[Tensor, "3 draws_and_one"]
+    gradient_active: Float[Tensor, "3 draws_and_one"]  # over rows where the latent fires
+
+
+def nearest_cosines(W_dec: Float[Tensor, "latents d_model"]) -> Float[Tensor, " latents"]:
+    """Each row's cosine with its nearest other row.
+
+        c_i = max over j != i of (d_i . d_j) / (||d_i|| ||d_j||)
+
+    ROWS_AT_ONCE rows of the product exist at a time. A row of zeros has cosine 0 with all others; a
+    row alone has none to be near, and -inf.
+    """
+    units = normalize(W_dec.detach().float(), dim=-1)
+    nearest = []
+    for start in range(0, len(units), ROWS_AT_ONCE):
+        cosines = units[start : start + ROWS_AT_ONCE] @ units.T
+        cosines.diagonal(start).fill_(-math.inf)
+        nearest.append(cosines.amax(1).clamp(max=1))
+    return torch.cat(nearest) if nearest else units.new_empty(0)
+
+
+def pick_tails(cosines: Float[Tensor, " latents"], n: int) -> Tails:
+    """The n lowest, the n around the median, and the n highest; at most a third of all each."""
+    n = min(n, len(cosines) // 3)
+    order = cosines.argsort(stable=True)
+    middle = (len(order) - n) // 2
+    return Tails(order[:n], order[middle : middle + n], order[len(order) - n :])
+
+
+def list_bins(cosines: Float[Tensor, " latents"]) -> list[dict[str, float]]:
+    """Fraction of the latents in each bin, from the lowest cosine's to the one that ends at 1.
+
+    A bin holds its lower end; the last holds 1 too.
+    """
+    if len(cosines) == 0:
+        return []
+    last = round(1 / BIN_WIDTH) - 1
+    places = (cosines.double() / BIN_WIDTH).floor().long().clamp(max=last)
+    first = int(places.min())
+    fractions = torch.bincount(places - first, minlength=last - first + 1) / len(cosines)
+    return [
+        {"bin_low": i * BIN_WIDTH, "bin_high": (i + 1) * BIN_WIDTH, "fraction": fraction}
+        for i, fraction in enumerate(fractions.tolist(), first)
+    ]
+
+
+def pick_latents(
+    W_dec: Float[Tensor, "d_sae d_model"], live: Bool[Tensor, " d_sae"], n: int
+) -> Picked:
+    """The live latents, their cosines with the nearest live one, and n of each group."""
+    latents = live.to(W_dec.device).nonzero().squeeze(1)
+    latents = latents if len(latents) > 1 else latents[:0]
+    cosines = nearest_cosines(W_dec[latents])
+    return Picked(latents, cosines, pick_tails(cosines, n))
+
+
+@torch.no_grad()
+def measure_splitting(
+    model: LanguageModel,
+    corpus: Corpus,
+    saes: Mapping[str, SparseAutoencoder],
+    live: Mapping[str, Bool[Tensor, " d_sae"]],
+    *,
+    hook: str,
+    exclude_positions: tuple[int, ...],
+    n_latents: int,
+    n_blocks: int,
+    batch_blocks: int,
+    draws: int,
+) -> SplittingTables:
+    """Nearest cosines among each SAE's live latents, and the gradients along those in the tails.
+
+        gradient_G = mean over latents i in G, patched rows t of |d_i . grad_t L| / loss_tokens
+
+    with d_i the decoder row at unit norm, L the loss summed over the block in nats, and loss_tokens
+    the SAE's own setting. gradient_active is the mean over those (i, t) alone where the latent
+    fires without the gradient in the selection. ratio is the gradient of the right group over that
+    of the left, ratio_active likewise.
+
+    The blocks are the first n_blocks of held-out text's fixed random order, or all if there are
+    fewer. Intervals resample blocks, and the latents of each group. With n_latents = 0, and of an
+    SAE with fewer than three live latents, there is no gradient and the ratios are None.
+
+    Tables: splitting (sae, bin_low, bin_high, fraction); splitting_gradients (sae, group, n,
+    blocks, rows, loss_tokens, cosine_low, cosine_high, gradient and gradient_active with their
+    intervals); splitting_summary (sae, d_sae, live, cosine_q05, cosine_median, cosine_q95, ratio
+    and ratio_active with their intervals).
+
+    Differs: the paper names neither the denominator of the gradient (see loss_tokens), nor whether
+    dead latents are in the histogram, nor how its 30 latents were taken from each part of it.
+    """
+    picked = {name: pick_latents(sae.W_dec, live[name], n_latents) for name, sae in saes.items()}
+    sums: dict[str, list[BlockSums]] = {name: [] for name, it in picked.items() if len(it.latents)}
+    order = draw_blocks(corpus, None)[: n_blocks if sums else 0]
+    for tokens, lengths in read_batches(corpus, order, batch_blocks=batch_blocks):
+        tokens, lengths = tokens.to(model.device), lengths.to(model.device)
+        batch = look_at(model, tokens, lengths, hook, exclude_positions=exclude_positions)
+        for name in sums:
+            sums[name].append(sum_batch(saes[name], batch, picked[name].latents))
+    tables = SplittingTables([], [], [])
+    for name, sae in saes.items():
+        means = None
+        if sums.get(name):
+            total = BlockSums(*(torch.cat(column) for column in zip(*sums[name], strict=True)))
+            means = resample_groups(total, draws=draws)
+            groups = list_groups(picked[name], total, means, sae.loss_tokens)
+            tables.gradients.extend({"sae": name, **group} for group in groups)
+        tables.histogram.extend({"sae": name, **bar} for bar in list_bins(picked[name].cosines))
+        about = {"sae": name, "d_sae": sae.d_sae, "live": int(live[name].sum())}
+        tables.summary.append(about | summarise(picked[name].cosines, means))
+    return tables
+
+
+def sum_batch(sae: SparseAutoencoder, batch: HeldOut, latents: Int[Tensor, " picked"]) -> BlockSums:
+    """Project one batch's gradients on the unit decoder rows of `latents`."""
+    units = normalize(sae.W_dec[latents].to(batch.grads.dtype), dim=-1)
+    patched = batch.patched[..., None]
+    projected = (batch.grads @ units.T).abs().double() * patched
+    fires = find_firing(sae, batch, latents) & patched
+    return BlockSums(
+        projected.sum(1),
+        patched.expand_as(projected).sum(1).double(),
+        (projected * fires).sum(1),
+        fires.sum(1).double(),
+    )
+
+
+def find_firing(
+    sae: SparseAutoencoder, batch: HeldOut, latents: Int[Tensor, " picked"]
+) -> Bool[Tensor, "blocks context picked"]:
+    """Where each of `latents` fires without the gradient, on every row of the batch."""
+    n_rows = batch.real.numel()
+    fires = torch.zeros(n_rows, len(latents), dtype=torch.bool, device=batch.acts.device)
+    place = torch.full((sae.d_sae,), -1, device=latents.device)
+    place[latents] = torch.arange(len(latents), device=latents.device)
+    acts, tokens = batch.acts.flatten(0, 1), batch.tokens[:, :-1].flatten()
+    for start in range(0, n_rows, ROWS_AT_ONCE):
+        piece = slice(start, start + ROWS_AT_ONCE)
+        rows, fired = list_fired(sae.encode(acts[piece], None, tokens[piece]))
+        wanted = place[fired] >= 0
+        fires[rows[wanted] + start, place[fired[wanted]]] = True
+    return fires.view(*batch.real.shape, -1)
+
+
+def resample_groups(sums: BlockSums, *, draws: int) -> GroupMeans:
+    """Every group's means in each resampling.
+
+    All groups see the same blocks in a draw, so that their ratio does not vary with the text's
+    common part.
+    """
+    n = sums.rows.shape[1] // len(GROUPS)
+    blocks = draw_weights(len(sums.rows), draws=draws)
+    latents = torch.cat([draw_weights(n, draws=draws, seed=i + 1) for i in range(len(GROUPS))], 1)
+
+    def mean(totals: Tensor, counts: Tensor) -> Tensor:
+        both = ((blocks @ part.cpu()) * latents for part in (totals, counts))
+        totals, counts = (part.unflatten(1, (len(GROUPS), n)).sum(2).T for part in both)
+        return totals / counts
+
+    return GroupMeans(mean(sums.gradient, sums.rows), mean(sums.gradient_active, sums.rows_active))
+
+
+def list_groups(
+    picked: Picked, sums: BlockSums, means: GroupMeans, loss_tokens: int
+) -> list[dict[str, Any]]:
+    """A row per group; its cosines are the lowest and the highest in it."""
+    return [
+        {
+            "group": group,
+            "n": len(places),
+            "blocks": len(sums.rows),
+            "rows": int(sums.rows[:, 0].sum()),
+            "loss_tokens": loss_tokens,
+            "cosine_low": picked.cosines[places].min().item(),
+            "cosine_high": picked.cosines[places].max().item(),
+            **spread_interval("gradient", find_interval(mean / loss_tokens)),
+            **spread_interval("gradient_active", find_interval(active / loss_tokens)),
+        }
+        for group, places, mean, active in zip(GROUPS, picked.tails, *means, strict=True)
+    ]
+
+
+def summarise(cosines: Float[Tensor, " live"], means: GroupMeans | None) -> dict[str, Any]:
+    """Quantiles of the cosines, None of none; and what the right tail's gradient is of the
+    left's.
+    """
+    points = torch.tensor([0.05, 0.5, 0.95], device=cosines.device)
+    quantiles = torch.quantile(cosines, points).tolist() if len(cosines) else (None,) * 3
+    names = ("cosine_q05", "cosine_median", "cosine_q95")
+    ratios = [find_interval(by[-1] / by[0]) for by in means] if means else (None, None)
+    return (
+        dict(zip(names, quantiles, strict=True))
+        | spread_interval("ratio", ratios[0])
+        | spread_interval("ratio_active", ratios[1])
+    )

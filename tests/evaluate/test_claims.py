@@ -1,0 +1,327 @@
+"""Verdicts on planted figures: what was put there is found, and what was not is not."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.evaluate.activity import Activity
+from pipeline.evaluate.claims import decide_claims
+from pipeline.evaluate.comparisons import Evidence, plan_pairs
+from pipeline.evaluate.faithfulness import MODES, Sums
+from pipeline.evaluate.verdicts import Claim
+
+N_BLOCKS = 60
+DRAWS = 300
+WITH, WITHOUT = MODES
+
+
+def make_sums(added: float, *, noise: float = 0.0) -> Sums:
+    """Blocks of very different difficulty, all of which lose the same fraction, or every other one
+    more and every other one less.
+    """
+    rows = torch.full((N_BLOCKS,), 100.0).double()
+    loss = rows * torch.linspace(1, 6, N_BLOCKS).double()
+    own = noise * torch.tensor([1.0, -1.0]).double().repeat(N_BLOCKS // 2)
+    return Sums(
+        rows=rows,
+        patched_rows=rows - 1,
+        loss=loss,
+        patched_loss=loss * (1 + added + own),
+        nmse=(rows - 1) * (0.5 + added + own),
+        nmse_squared=rows,
+        kl=rows * (0.3 + added + own),
+        loss_all_positions=loss,
+    )
+
+
+def make_facts(**changes: Any) -> dict[str, Any]:
+    facts = {"architecture": "topk", "k": 32, "beta": 0.0, "d_sae": 64, "seed": 0}
+    return facts | {"gradient": "full"} | changes
+
+
+def make_evidence(
+    saes: dict[str, dict[str, Any]], added: dict[Any, float | Sums], **changes: Any
+) -> Evidence:
+    """`added` is by name, for both modes, or by name and mode."""
+    sums = {}
+    for name in {key if isinstance(key, str) else key[0] for key in added}:
+        for mode in MODES:
+            value = added.get((name, mode), added.get(name))
+            if value is not None:
+                sums[name, mode] = value if isinstance(value, Sums) else make_sums(value)
+    evidence = Evidence(saes, {}, sums, {}, {}, alpha=1.0, draws=DRAWS)
+    return evidence._replace(**changes)
+
+
+def pick(claims: Sequence[Claim], id: str, mode: str | None = None) -> Claim:
+    words = {WITH: "with ∇ at", WITHOUT: "without ∇ at", None: ""}[mode]
+    (claim,) = [claim for claim in claims if claim.id == id and words in claim.comparison]
+    return claim
+
+
+PAIR = {"g": make_facts(beta=3e4), "plain": make_facts()}
+
+
+def test_nothing_measured_says_so_of_every_claim():
+    claims = decide_claims(Evidence({}, {}, {}, {}, {}, alpha=1.0, draws=DRAWS))
+    assert [claim.id for claim in claims] == [
+        "dead",
+        "loss_added",
+        "shuffled",
+        "own",
+        "label",
+        "label_share",
+        "nmse",
+        "kl",
+        "steering",
+        "steering_others",
+        "density",
+        "splitting",
+        "splitting_topk",
+        "sensitivity_isotropic",
+        "sensitivity_covariance",
+        "perturbation",
+    ]
+    assert {claim.verdict for claim in claims} == {"not measured"}
+    assert all(claim.statement and claim.comparison and claim.value is None for claim in claims)
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict"),
+    [
+        (make_sums(0.05), "holds"),
+        (make_sums(0.15), "does not hold"),
+        (make_sums(0.10, noise=0.05), "not decided"),
+    ],
+)
+@pytest.mark.parametrize("id", ["loss_added", "nmse", "kl"])
+def test_a_planted_difference_is_decided(id, ours, verdict):
+    claims = decide_claims(make_evidence(PAIR, {"g": ours, "plain": make_sums(0.10, noise=0.01)}))
+    for mode in MODES:
+        claim = pick(claims, id, mode)
+        assert claim.verdict == verdict
+        assert claim.value is not None
+        assert claim.low < claim.value < claim.high
+        assert claim.sees_label == (mode == WITH)
+        assert claim.measure.startswith("difference of")
+        assert (claim.n_seeds, claim.seeds_low) == (1, claim.value)
+
+
+def test_modes_are_decided_apart():
+    added = {("g", WITH): 0.02, ("g", WITHOUT): 0.13, "plain": 0.10}
+    claims = decide_claims(make_evidence(PAIR, added))
+    verdicts = [pick(claims, "loss_added", mode).verdict for mode in MODES]
+    assert verdicts == ["holds", "does not hold"]
+    assert pick(claims, "loss_added", WITH).value == pytest.approx(-0.08)
+
+
+def test_every_seed_has_to_agree_with_the_interval():
+    saes = {
+        f"{name}{seed}": PAIR[name] | {"seed": seed} for name in ("g", "plain") for seed in (0, 1)
+    }
+    added = {"g0": 0.02, "plain0": 0.10, "plain1": 0.10}
+    (agree, differ) = (
+        pick(decide_claims(make_evidence(saes, added | {"g1": g1})), "loss_added", WITH)
+        for g1 in (0.06, 0.11)
+    )
+    assert (agree.verdict, differ.verdict) == ("holds", "not decided")
+    assert agree.value == pytest.approx(-0.06)
+    assert (agree.seeds_low, agree.seeds_high) == pytest.approx((-0.08, -0.04))
+    assert agree.n_seeds == 2
+    assert differ.high < 0  # so it is the seed that leaves it open
+
+
+def test_pairs_agree_in_all_but_the_gradient():
+    saes = {
+        "g": make_facts(beta=3e4),
+        "other k": make_facts(k=16),
+        "other size": make_facts(d_sae=128),
+        "other kind": make_facts(architecture="batch_topk"),
+        "other seed": make_facts(seed=1),
+        "end to end": make_facts(architecture="end_to_end"),
+        "shuffled": make_facts(beta=3e4, gradient="shuffled"),
+        "own": make_facts(beta=3e4, gradient="own"),
+        "other beta": make_facts(beta=1e4, gradient="own"),
+    }
+    evidence = make_evidence(saes, {})
+    assert plan_pairs(evidence, "plain") == []
+    assert [pair.theirs for pair in plan_pairs(evidence, "shuffled")] == [("shuffled",)]
+    assert [pair.theirs for pair in plan_pairs(evidence, "own")] == [("own",)]
+    with_plain = make_evidence(saes | {"plain": make_facts()}, {})
+    ((_, ours, theirs),) = plan_pairs(with_plain, "plain")
+    assert (ours, theirs) == (("g",), ("plain",))
+
+
+@pytest.mark.parametrize("rival", ["shuffled", "own"])
+@pytest.mark.parametrize(("added", "verdict"), [(0.2, "holds"), (0.01, "does not hold")])
+def test_other_gradients_in_training_are_rivals(rival, added, verdict):
+    saes = PAIR | {"other": make_facts(beta=3e4, gradient=rival)}
+    claims = decide_claims(make_evidence(saes, {"g": 0.05, "plain": 0.10, "other": added}))
+    assert pick(claims, rival, WITHOUT).verdict == verdict
+    other = {"shuffled": "own", "own": "shuffled"}[rival]
+    assert pick(claims, other).verdict == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("ours", "given", "share", "verdicts"),
+    [
+        (0.02, 0.08, 0.25, ("holds", "holds")),
+        (0.02, 0.03, 0.875, ("holds", "does not hold")),
+        (0.06, 0.04, 1.5, ("does not hold", "does not hold")),
+        (0.12, 0.08, None, ("does not hold", "not decided")),  # there is no gain to divide
+    ],
+)
+def test_how_much_is_the_selection_seeing_the_label(ours, given, share, verdicts):
+    control = {"kind": "gradient at inference only", "of": "plain", "beta": 3e4}
+    evidence = make_evidence(
+        PAIR,
+        {("g", WITH): ours, "plain": 0.10, ("steered", WITH): given},
+        controls={"steered": control, "pca": {"kind": "PCA", "of": None, "beta": 0.0}},
+    )
+    claims = decide_claims(evidence)
+    found = pick(claims, "label"), pick(claims, "label_share")
+    assert tuple(claim.verdict for claim in found) == verdicts
+    assert found[0].sees_label
+    assert found[1].value == (share if share is None else pytest.approx(share))
+
+
+def steer(name: str, associated: Tensor, alpha: float = 1.0) -> list[dict[str, Any]]:
+    return [
+        {
+            "sae": name,
+            "latent": i,
+            "alpha": alpha,
+            "associated": value,
+            "others_absolute": 2 - value,
+        }
+        for i, value in enumerate(associated.tolist())
+    ]
+
+
+def test_steering_is_a_ratio_at_one_length():
+    effect = torch.rand(50, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.1
+    rows = [
+        *steer("g", 3 * effect),
+        *steer("plain", effect),
+        *steer("g", -effect, alpha=2.0),
+        *steer("random directions", 9 * effect),
+    ]
+    claims = decide_claims(make_evidence(PAIR, {}, tables={"steering_latents": rows}))
+    claim, others = pick(claims, "steering"), pick(claims, "steering_others")
+    assert claim.value == pytest.approx(3)
+    assert claim.low < 3 < claim.high
+    assert claim.measure.startswith("ratio of")
+    assert (claim.verdict, others.verdict) == ("holds", "holds")
+    assert not claim.sees_label
+    longer = decide_claims(make_evidence(PAIR, {}, tables={"steering_latents": rows}, alpha=2.0))
+    assert pick(longer, "steering").verdict == "not measured"  # of TopK
+
+
+def make_activity(frequencies: Tensor, n_rows: int = 1000) -> Activity:
+    activity = Activity(len(frequencies))
+    fires = torch.arange(n_rows)[:, None] < frequencies * n_rows
+    activity.add(*fires.nonzero(as_tuple=True), n_rows=n_rows)
+    return activity
+
+
+def test_dead_latents_and_density_come_from_the_firings():
+    sparse = make_activity(torch.cat([torch.zeros(40), torch.linspace(0.01, 0.1, 160)]))
+    dense = make_activity(torch.cat([torch.zeros(120), torch.linspace(0.1, 0.5, 80)]))
+    activities = {
+        "g": dict.fromkeys(MODES, sparse),
+        "plain": dict.fromkeys(MODES, dense),
+    }
+    claims = decide_claims(make_evidence(PAIR, {}, activities=activities))
+    dead, density = (pick(claims, id, WITHOUT) for id in ("dead", "density"))
+    assert dead.value == pytest.approx(0.2 - 0.6)
+    assert dead.paper == "−0.09 (0.34 against 0.43)"
+    assert density.value == pytest.approx(0.055 / 0.3, rel=0.02)
+    assert (dead.verdict, density.verdict) == ("holds", "holds")
+    # Two samples of 200 latents, as the normal approximation has it.
+    error = 1.96 * math.sqrt((0.2 * 0.8 + 0.6 * 0.4) / 200)
+    assert dead.high - dead.low == pytest.approx(2 * error, rel=0.2)
+    swapped = {"g": activities["plain"], "plain": activities["g"]}
+    claims = decide_claims(make_evidence(PAIR, {}, activities=swapped))
+    assert pick(claims, "dead", WITH).verdict == "does not hold"
+
+
+def spread(name: str, value: float, low: float, high: float) -> dict[str, float]:
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdicts"),
+    [
+        ((1.4, 1.3, 1.5), (1.05, 1.0, 1.1), ("holds", "holds")),
+        ((1.4, 1.3, 1.5), (1.35, 1.2, 1.5), ("holds", "not decided")),
+        ((0.8, 0.7, 0.9), (1.1, 1.0, 1.2), ("does not hold", "does not hold")),
+        ((1.1, 0.9, 1.3), (1.1, 1.0, 1.2), ("not decided", "not decided")),
+    ],
+)
+def test_the_gradient_by_tail(ours, theirs, verdicts):
+    rows = [
+        {"sae": "g", **spread("ratio", *ours)},
+        {"sae": "plain", **spread("ratio", *theirs)},
+    ]
+    claims = decide_claims(make_evidence(PAIR, {}, tables={"splitting_summary": rows}))
+    found = pick(claims, "splitting"), pick(claims, "splitting_topk")
+    assert tuple(claim.verdict for claim in found) == verdicts
+    assert found[0].value == pytest.approx(ours[0])
+    assert found[1].value == pytest.approx(ours[0] / theirs[0])
+
+
+def layer(at: int, value: float, direction: str = "difference") -> dict[str, Any]:
+    ratios = (
+        spread(f"ratio_to_{name}", value, value - 0.1, value + 0.1)
+        for name in ("isotropic", "covariance")
+    )
+    first, second = ratios
+    return {"layer": at, "direction": direction, **first, **second}
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdict"),
+    [
+        ([0.5, 0.5, 0.5, 1.3, 1.4, 1.5], "holds"),  # layers below 3 do not count
+        ([1.5, 1.5, 1.5, 1.3, 1.05, 1.5], "holds"),  # most decide, and all of those agree
+        ([1.5, 1.5, 1.5, 1.3, 1.05, 1.05], "not decided"),  # too few decide
+        ([1.5, 1.5, 1.5, 1.3, 0.8, 1.5], "does not hold"),  # they disagree
+        ([1.5, 1.5, 1.5, 0.7, 0.8, 0.8], "does not hold"),
+    ],
+)
+def test_sensitivity_is_decided_over_layers(ratios, verdict):
+    rows = [layer(i, value) for i, value in enumerate(ratios)]
+    rows += [layer(i, 9.0, "isotropic") for i in range(6)]
+    claims = decide_claims(make_evidence({}, {}, tables={"sensitivity": rows}))
+    claim = pick(claims, "sensitivity_covariance")
+    assert claim.verdict == verdict
+    assert claim.value == sorted(ratios[3:])[1]
+    assert " of 3 layers from 3 on" in claim.comparison
+
+
+@pytest.mark.parametrize(
+    ("gradient", "norm", "verdict"),
+    [(0.9, 0.3, "holds"), (0.3, 0.9, "does not hold"), (0.5, 0.5, "not decided")],
+)
+def test_perturbation_compares_two_correlations(gradient, norm, verdict):
+    rows = [
+        spread("rho_gradient", gradient, gradient - 0.1, gradient + 0.05)
+        | spread("rho_norm", norm, norm - 0.1, norm + 0.1)
+        for _ in range(4)
+    ] + [spread("rho_gradient", 0.1, 0.0, 0.2) | {"rho_norm": None}]
+    claim = pick(
+        decide_claims(make_evidence({}, {}, tables={"perturbation": rows})), "perturbation"
+    )
+    assert claim.verdict == verdict
+    assert claim.value == pytest.approx(gradient - norm)
+
+
+def test_claims_are_rows_of_a_table():
+    claims = decide_claims(make_evidence(PAIR, {"g": 0.05, "plain": 0.10}))
+    for claim in claims:
+        assert json.loads(json.dumps(claim._asdict(), allow_nan=False)) == claim._asdict()
