@@ -68,6 +68,7 @@ def make_mode(k: int, nmse: float, added: float, strength: float) -> dict[str, f
         "nmse_squared": nmse**2 * 1.07,
         "loss": loss,
         "loss_added": added,
+        "kl": 0.8 * added * LOSS,
         "loss_added_all_positions": added * 1.18,
         "ce_recovered_zero": (LOSS_ZERO - loss) / (LOSS_ZERO - LOSS),
         "ce_recovered_mean": (LOSS_MEAN - loss) / (LOSS_MEAN - LOSS),
@@ -249,3 +250,7 @@ def write_inputs(folder: Path, members: tuple[tuple[int, float], ...] = TWO) -> 
 
 def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -4,22 +4,32 @@
 writes the page. The page holds no date and no path: the same results give the same bytes.
 """
 
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import jinja2
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config import Architecture
-from pipeline.errors import PipelineError
 from pipeline.files import write_text
 from pipeline.report import facts, tables
-from pipeline.report.charts import History, chart_betas, chart_modes, chart_training
-from pipeline.report.figures import series_style
+from pipeline.report.charts import History, chart_betas, chart_modes, chart_training, share_keys
+from pipeline.report.exhibits import read_tables, show_exhibits
+from pipeline.report.exhibits.claims import show_claims
+from pipeline.report.exhibits.exhibit import Tables
+from pipeline.report.exhibits.scaling import relate_models
+from pipeline.report.figures import draw_key, series_style
+from pipeline.report.inputs import (
+    check_fingerprint,
+    check_runs,
+    is_placed,
+    link_tables,
+    locate_members,
+    read_history,
+    read_json,
+    read_manifest,
+)
 
 
 class Summary(NamedTuple):
@@ -41,23 +51,29 @@ def build_report(
     store: Mapping[str, Any] | None = None,
     corpus: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
+    evidence: Tables | None = None,
+    links: Mapping[str, str] | None = None,
 ) -> str:
     """The page as HTML.
 
     `metrics` is what evaluation wrote, `config` the run's config.json, `histories` the columns of
     each SAE's history.parquet, `store` and `corpus` their manifests, or None where they are no
-    longer there. All text in them is escaped; missing and non-finite numbers are shown as a dash.
+    longer there. `evidence` are evaluation's tables by name, and `links` where the page finds the
+    files of some of them. All text is escaped; missing and non-finite numbers are shown as a dash.
     """
     saes = _order(metrics["saes"])
-    baselines = metrics.get("baselines") or {}
-    styles = {name: series_style(i) for i, name in enumerate([*saes, *baselines])}
+    controls = _list_controls(metrics)
+    styles = {name: series_style(i) for i, name in enumerate([*saes, *controls])}
     return _load_template().render(
         title=f"gsae-pipeline report: {profile}",
         summary=_summarise(metrics, config, histories),
         headline=tables.build_table(saes, tables.HEADLINE, styles),
         more=tables.build_table(saes, tables.MORE, styles),
         scales=tables.build_table(saes, tables.scale_columns(list(saes.values())), styles),
-        baselines=tables.build_table(baselines, tables.BASELINES, styles),
+        controls=tables.build_table(controls, tables.CONTROLS, styles),
+        claims=show_claims(evidence or {}),
+        exhibits=show_exhibits(evidence or {}, styles),
+        links=dict(links or {}),
         styles={name: styles[name] for name in saes},
         training=chart_training(saes, histories, styles),
         modes=chart_modes(saes, styles),
@@ -84,53 +100,58 @@ def write_report(
     corpus_folder: Path,
     store_folder: Path,
     out: Path,
+    more_runs: Sequence[Path] = (),
+    beside: Sequence[Path] = (),
 ) -> None:
     """Read what the stages wrote and write the page to `out`, whole or not at all.
+
+    `more_runs` are the runs that were measured together with the first one, in their order, and
+    `beside` the results of other models, for the figure that compares them.
 
     Raises PipelineError, naming the file and the command that makes it, if measurements, the run's
     settings or a history are missing or unreadable, or if they belong to different runs. A store
     or corpus that is no longer there is left out of the page.
     """
-    metrics = _read_json(results_folder / "metrics.json", "measurements", "pipeline evaluate")
-    config = _read_json(run_folder / "config.json", "run", "pipeline train")
-    store = _read_manifest(store_folder, "store", "pipeline cache")
-    corpus = _read_manifest(corpus_folder, "corpus", "pipeline corpus")
-    _check_fingerprint(store, store_folder, "store", config.get("store_fingerprint"))
+    metrics = read_json(results_folder / "metrics.json", "measurements", "pipeline evaluate")
+    others = [read_json(f / "metrics.json", "measurements", "pipeline evaluate") for f in beside]
+    runs = [run_folder, *more_runs]
+    configs = [read_json(folder / "config.json", "run", "pipeline train") for folder in runs]
+    config = configs[0]
+    store = read_manifest(store_folder, "store", "pipeline cache")
+    corpus = read_manifest(corpus_folder, "corpus", "pipeline corpus")
+    check_fingerprint(store, store_folder, "store", config.get("store_fingerprint"))
     identity = config.get("store_identity") or {}
-    _check_fingerprint(corpus, corpus_folder, "corpus", identity.get("corpus"))
-    _check_run(metrics, run_folder, results_folder)
-    _check_members(metrics, config, results_folder)
+    check_fingerprint(corpus, corpus_folder, "corpus", identity.get("corpus"))
+    check_runs(metrics, runs, results_folder)
+    folders = locate_members(metrics, configs, runs, results_folder)
+    evidence = read_tables(results_folder)
+    links = link_tables(evidence, results_folder, out)
+    if beside or is_placed(metrics["model"]):
+        evidence = {**evidence, "scaling": relate_models([metrics, *others])}
     page = build_report(
         profile=profile,
         metrics=metrics,
         config=config,
-        histories={name: read_history(run_folder / name) for name in metrics["saes"]},
+        histories={name: read_history(folders[name] / name) for name in metrics["saes"]},
         store=store,
         corpus=corpus,
         versions=config.get("versions"),
+        evidence=evidence,
+        links=links,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page)
 
 
-def read_history(folder: Path) -> History:
-    """The columns of an SAE's history.parquet; raises PipelineError if it cannot be read."""
-    path = folder / "history.parquet"
-    try:
-        return pq.read_table(path).to_pydict()
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable("training history", path, "pipeline train", error) from None
-
-
 def _order(saes: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """SAEs by k, then architecture, beta and seed."""
+    """SAEs by k and d_sae, then architecture, beta, gradient and seed."""
     architectures = get_args(Architecture)
 
     def rank(item: tuple[str, Mapping[str, Any]]) -> tuple[Any, ...]:
-        k, beta, seed = (item[1].get(key) or 0 for key in ("k", "beta", "seed"))
+        k, d_sae, beta, seed = (item[1].get(key) or 0 for key in ("k", "d_sae", "beta", "seed"))
         name = item[1].get("architecture", "topk")
         place = architectures.index(name) if name in architectures else len(architectures)
-        return k, place, beta, seed
+        return k, d_sae, place, beta, item[1].get("gradient") or "full", seed
 
     return dict(sorted(saes.items(), key=rank))
 
@@ -143,6 +164,7 @@ def _load_template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals |= {"draw_key": draw_key, "share_keys": share_keys}
     return environment.get_template("page.html")
 
 
@@ -162,57 +184,10 @@ def _summarise(
     )
 
 
-def _read_json(path: Path, what: str, command: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _unreadable(what, path, command, error) from None
-    if not isinstance(content, dict):
-        raise _unreadable(what, path, command, f"a {type(content).__name__}")
-    return content
-
-
-def _read_manifest(folder: Path, what: str, command: str) -> dict[str, Any] | None:
-    path = folder / "manifest.json"
-    return _read_json(path, f"{what} manifest", command) if path.exists() else None
-
-
-def _unreadable(what: str, path: Path, command: str, found: object) -> PipelineError:
-    got = "no such file" if isinstance(found, FileNotFoundError) else str(found)
-    return PipelineError(
-        f"{what} at {path}: expected the file that `{command}` writes, got {got}. Run `{command}`."
-    )
-
-
-def _check_run(metrics: Mapping[str, Any], run_folder: Path, results_folder: Path) -> None:
-    measured = metrics.get("run")
-    found = hashlib.sha256((run_folder / "config.json").read_bytes()).hexdigest()
-    if measured != found:
-        raise PipelineError(
-            f"measurements at {results_folder}: expected those of the run at {run_folder} "
-            f"({found[:16]}), got another run's ({str(measured)[:16]}). Run `pipeline evaluate`."
-        )
-
-
-def _check_fingerprint(
-    manifest: Mapping[str, Any] | None, folder: Path, what: str, expected: str | None
-) -> None:
-    """Raise PipelineError if a manifest is not that of what the SAEs were trained from."""
-    found = (manifest or {}).get("fingerprint")
-    if found and expected and found != expected:
-        raise PipelineError(
-            f"{what} at {folder}: expected the one that the SAEs were trained from, fingerprint "
-            f"{expected[:16]}, got {found[:16]}. Name theirs with `pipeline report --{what}`, or "
-            "train again with `pipeline train`."
-        )
-
-
-def _check_members(metrics: Mapping[str, Any], config: Mapping[str, Any], results: Path) -> None:
-    """Raise PipelineError unless exactly the run's SAEs were measured."""
-    measured, trained = set(metrics.get("saes") or {}), set(config.get("members") or ())
-    if not measured or "model" not in metrics or (trained and measured != trained):
-        raise PipelineError(
-            f"measurements at {results / 'metrics.json'}: expected those of "
-            f"{', '.join(sorted(trained)) or 'at least one SAE'}, got "
-            f"{', '.join(sorted(measured)) or 'none'}. Run `pipeline evaluate`."
-        )
+def _list_controls(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What the SAEs are compared with; a baseline has one set of figures, without a gradient."""
+    baselines = metrics.get("baselines") or {}
+    return {
+        **{name: {**facts, "without_gradient": facts} for name, facts in baselines.items()},
+        **(metrics.get("controls") or {}),
+    }

@@ -29,7 +29,8 @@ class Key(NamedTuple):
 
     label: str
     style: str  # CSS classes
-    marker: str  # "dot", "ring" or none
+    marker: str  # as in figures.Line
+    joined: bool = True  # False: markers alone
 
 
 class Chart(NamedTuple):
@@ -38,6 +39,14 @@ class Chart(NamedTuple):
     across: str  # what the horizontal axis shows
     svg: Markup
     keys: tuple[Key, ...] = ()
+
+
+def share_keys(charts: Sequence[Chart]) -> tuple[Key, ...] | None:
+    """The one key that serves all of these charts, with its markers; None if theirs differ."""
+    keyed = [chart.keys for chart in charts if chart.keys]
+    if len({frozenset((key.label, key.style) for key in keys) for keys in keyed}) != 1:
+        return None
+    return max(keyed, key=lambda keys: sum(bool(key.marker) + key.joined for key in keys))
 
 
 def chart_training(
@@ -89,18 +98,16 @@ def chart_modes(saes: Mapping[str, Mapping[str, Any]], styles: Mapping[str, str]
 
 
 def chart_betas(saes: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
-    """Loss added and NMSE against beta, a line per architecture, k, seed and mode.
+    """Loss added and NMSE against beta, a line for all that differ in beta alone, and mode.
 
-    Only for ks with at least three betas: two are told apart better by the table.
+    Only for those with at least three betas: two are told apart better by the table.
     """
-    groups: dict[tuple[Any, Any, Any], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for sae in saes.values():
         if as_number(sae.get("beta")) is not None:
-            key = (sae.get("architecture", "topk"), sae.get("k"), sae.get("seed"))
-            groups.setdefault(key, []).append(sae)
+            groups.setdefault(_kind(sae), []).append(sae)
     groups = {key: group for key, group in groups.items() if len({s["beta"] for s in group}) > 2}
-    several = len({name for name, _, _ in groups}) > 1
-    several_seeds = len({seed for _, _, seed in groups}) > 1
+    names = _name_kinds(list(groups))
     charts = []
     for title, unit, metric, label in (
         ("Loss added against β", "of the model’s own loss", "loss_added", _percent),
@@ -108,13 +115,12 @@ def chart_betas(saes: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
     ):
         lines = [
             Line(
-                f"{f'{name}, ' if several else ''}k = {k}"
-                f"{f', seed {seed}' if several_seeds else ''}, {words}",
+                f"{name}, {words}",
                 f"c{i % 8} {dash}",
                 [(float(sae["beta"]), _number(sae, mode, metric)) for sae in group],
                 marker,
             )
-            for i, ((name, k, seed), group) in enumerate(groups.items())
+            for i, (name, group) in enumerate(zip(names, groups.values(), strict=True))
             for mode, words, dash, marker in (
                 ("with_gradient", "with ∇", "d0", "dot"),
                 ("without_gradient", "without ∇", "d1", "ring"),
@@ -128,6 +134,31 @@ def chart_betas(saes: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
             keys = tuple(Key(line.label, line.style, line.marker) for line in lines)
             charts.append(Chart(title, unit, "β", svg, keys))
     return charts
+
+
+def _kind(sae: Mapping[str, Any]) -> tuple[Any, ...]:
+    """All that an SAE is but its beta: k, then what is said only where it differs."""
+    gradient = sae.get("gradient") or "full"
+    return (
+        sae.get("k"),
+        sae.get("architecture", "topk"),
+        sae.get("d_sae"),
+        gradient if sae.get("beta") else "full",
+        sae.get("seed"),
+    )
+
+
+def _name_kinds(kinds: Sequence[tuple[Any, ...]]) -> list[str]:
+    words = ("k = {}", "{}", "{} latents", "{} ∇", "seed {}")
+    varies = [len(set(column)) > 1 for column in zip(*kinds, strict=True)]
+    return [
+        ", ".join(
+            word.format(part)
+            for i, (word, part) in enumerate(zip(words, kind, strict=True))
+            if i == 0 or varies[i]
+        )
+        for kind in kinds
+    ]
 
 
 def _read_curve(

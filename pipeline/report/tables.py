@@ -40,7 +40,7 @@ class Row(NamedTuple):
     style: str  # CSS classes of its colour and dash
     k: str
     beta: str
-    starts_k: bool  # the first row of another k
+    starts_k: bool  # the first row of another k or d_sae
     cells: tuple[Cell, ...]
 
 
@@ -103,7 +103,9 @@ def show(value: Any, form: Format) -> str:
     return "–" if number is None else form(number)
 
 
-def _both(group: str, key: str, form: Format, better: Better, meaning: str) -> tuple[Column, ...]:
+def _both(
+    group: str, key: str, form: Format, better: Better | None, meaning: str
+) -> tuple[Column, ...]:
     return tuple(
         Column(group, name, (mode, key), form, better, meaning)
         for name, mode in (("with ∇", "with_gradient"), ("without", "without_gradient"))
@@ -141,14 +143,15 @@ MORE = (
         "all-positions",
     ),
     *_both("Loss, patched", "loss", format_ratio, "low", "loss-added"),
+    *_both("KL", "kl", format_ratio, "low", "kl"),
     *_both("NMSE, squared", "nmse_squared", format_ratio, "low", "nmse-squared"),
     *_activity(("Without ∇",) * 3, ("L0", "dead, paper", "dead, held-out"), "without_gradient"),
 )
-BASELINES = (
-    Column("", "NMSE", ("nmse",), format_ratio, None, "nmse"),
-    Column("", "loss added", ("loss_added",), format_percent, None, "loss-added"),
-    Column("CE recovered", "zero", ("ce_recovered_zero",), format_percent, None, "ce-recovered"),
-    Column("CE recovered", "mean", ("ce_recovered_mean",), format_percent, None, "ce-recovered"),
+CONTROLS = (
+    *_both("NMSE", "nmse", format_ratio, None, "nmse"),
+    *_both("Loss added", "loss_added", format_percent, None, "loss-added"),
+    *_both("CE recovered, zero", "ce_recovered_zero", format_percent, None, "ce-recovered"),
+    *_both("CE recovered, mean", "ce_recovered_mean", format_percent, None, "ce-recovered"),
 )
 MODEL = (  # key in metrics["model"], label, unit, format
     ("loss", "Model’s own loss", "nats per token", format_ratio),
@@ -176,8 +179,10 @@ def scale_columns(saes: Sequence[Mapping[str, Any]]) -> tuple[Column, ...]:
 def build_table(
     saes: Mapping[str, Mapping[str, Any]], columns: Sequence[Column], styles: Mapping[str, str]
 ) -> Table:
-    """One row per SAE; the best value among SAEs of equal k is marked, ties as printed with it."""
-    ks = [sae.get("k") for sae in saes.values()]
+    """One row per SAE; the best value among SAEs of equal k and d_sae is marked, ties as printed
+    with it.
+    """
+    sizes = [_size(sae) for sae in saes.values()]
     marks = [_find_best(column, saes) for column in columns]
     rows = tuple(
         Row(
@@ -185,7 +190,7 @@ def build_table(
             style=styles[name],
             k=show(sae.get("k"), format_count),
             beta=show(_beta(sae), format_number),
-            starts_k=i > 0 and ks[i] != ks[i - 1],
+            starts_k=i > 0 and sizes[i] != sizes[i - 1],
             cells=tuple(
                 Cell(show(_read(sae, column.keys), column.format), name in best)
                 for column, best in zip(columns, marks, strict=True)
@@ -203,13 +208,17 @@ def _beta(sae: Mapping[str, Any]) -> Any:
     return None if sae.get("selection_overlap", 1) is None else sae.get("beta")
 
 
+def _size(sae: Mapping[str, Any]) -> tuple[Any, Any]:
+    return sae.get("k"), sae.get("d_sae")
+
+
 def _find_best(column: Column, saes: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """The SAEs that print the best value among those of equal k, unless all of them print it."""
+    """The SAEs that print the best value among those of equal size, unless all of them print it."""
     best: set[str] = set()
     if column.better is None:
         return best
-    for k in {sae.get("k") for sae in saes.values()}:
-        read = ((n, as_number(_read(s, column.keys))) for n, s in saes.items() if s.get("k") == k)
+    for size in {_size(sae) for sae in saes.values()}:
+        read = ((n, as_number(_read(s, column.keys))) for n, s in saes.items() if _size(s) == size)
         values = {name: value for name, value in read if value is not None}
         if not values:
             continue
