@@ -13,12 +13,13 @@ from typing import Any
 
 import click
 
-from pipeline.cli import export, stages
+from pipeline.cli import export, results, stages
+from pipeline.cli.steer import steer
 from pipeline.cli.store import store
 from pipeline.errors import ConfigError, PipelineError
 from store.errors import StoreError
 
-_INTERRUPTED = "Interrupted. Run the same command again; committed shards are kept."
+_INTERRUPTED = "Interrupted. Run the same command again: what is finished is kept."
 
 
 class SuggestingGroup(click.Group):
@@ -45,8 +46,8 @@ def cli() -> None:
 
 
 for command in (
-    *(stages.corpus, stages.cache, stages.train, stages.evaluate, stages.report),
-    *(export.export, export.import_, store),
+    *(stages.corpus, stages.cache, stages.train, results.evaluate, results.report),
+    *(steer, export.export, export.import_, store),
 ):
     cli.add_command(command)
 
