@@ -154,14 +154,22 @@ def read_ahead(
     does, or the program. Unless a read of a remote hangs: then its thread ends when that does.
     """
     stopped = threading.Event()
-    queues: list[queue.Queue] = [queue.Queue(n_ahead) for _ in sources]
+    # One more is under way. A thread sleeps until it is asked: on cores that training needs, one
+    # that looks whether there is room again interrupts it every time.
+    asked = [threading.Semaphore(n_ahead + 1) for _ in sources]
+    ready = [queue.SimpleQueue() for _ in sources]
     threads = [
-        threading.Thread(target=_fill, args=(*pair, stopped), name=_THREAD, daemon=True)
-        for pair in zip(sources, queues, strict=True)
+        threading.Thread(target=_fill, args=(*each, stopped), name=_THREAD, daemon=True)
+        for each in zip(sources, asked, ready, strict=True)
     ]
+
+    def ask() -> None:
+        for each in asked:
+            each.release()
 
     def stop() -> None:
         stopped.set()
+        ask()
         deadline = time.monotonic() + _CLOSE_TIMEOUT_S
         for thread in threads:
             if thread.is_alive():
@@ -172,42 +180,40 @@ def read_ahead(
         for thread in threads:
             thread.start()
         while True:
-            items = [_take(ready) for ready in queues]
+            items = [_take(each) for each in ready]
             if items[0] is None:
                 assert not any(item is not None for item in items)
                 return
+            ask()
             yield items
     finally:
         atexit.unregister(stop)
         stop()
 
 
-def _fill(source: Generator[Any, None, None], ready: queue.Queue, stopped: threading.Event) -> None:
-    """Put (item, None) for each item, then (None, None), or the (None, error) that came first."""
-
-    def offer(item: Any, error: BaseException | None = None) -> None:
-        while not stopped.is_set():
-            try:
-                ready.put((item, error), timeout=0.05)
-                return
-            except queue.Full:
-                continue
-
+def _fill(
+    source: Generator[Any, None, None],
+    asked: threading.Semaphore,
+    ready: queue.SimpleQueue,
+    stopped: threading.Event,
+) -> None:
+    """Put (item, None) for each item asked for, then (None, None), or the (None, error) instead."""
     try:
         # Or torch would set this thread's number at its first use. More would spin on the cores
         # that training needs, and take longer: 54 us against 8 for float16 [87, 768].
         torch.get_num_threads()
         with threadpool_limits(1, user_api="openmp"), closing(source):
-            for item in source:
-                offer(item)
-                if stopped.is_set():
+            while asked.acquire() and not stopped.is_set():
+                item = next(source, None)
+                ready.put((item, None))
+                if item is None:
                     return
-        offer(None)
+                del item  # or its memory could not be used again
     except BaseException as error:
-        offer(None, error)
+        ready.put((None, error))
 
 
-def _take(ready: queue.Queue) -> Any:
+def _take(ready: queue.SimpleQueue) -> Any:
     item, error = ready.get()
     if error is not None:
         raise error

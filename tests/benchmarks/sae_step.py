@@ -8,8 +8,8 @@ do without: acts @ W_enc, and for a g-SAE grads @ W_dec^T too. All variants take
 `--repeats`, and the first turn is not counted. Peak memory is that of a process of its own which
 takes two steps: weights, gradients and optimizer included, inputs not.
 
-With THP_MEM_ALLOC_ENABLE=1 in the environment, torch asks for large pages, and all variants spend
-less time on getting memory.
+As in the `pipeline` command, torch asks for large pages, for all variants; not with
+THP_MEM_ALLOC_ENABLE=0 in the environment.
 
 Prints a table and one JSON line last. Wanted: TopK at most 1.5 products, g-SAE at most 1.3 in
 float32 and 1.7 in bfloat16; TopK at least 3.5 times as fast as dense, bfloat16 g-SAE 4 times.
@@ -252,7 +252,7 @@ def time_grid(opened: store.ActivationStore, config: TrainConfig, n_steps: int) 
 
 def compare_grid(*, d_sae: int, n_steps: int, repeats: int, scratch: Path | None) -> None:
     """One run of four members beside four runs of one, taking turns."""
-    shared = {"train.d_sae": d_sae}
+    shared = {"train.d_saes": [d_sae], "train.gradients": ["cached"]}
     four = load_config(PROFILE, {"train.betas": [0.0, BETA], "train.ks": [32, 64], **shared}).train
     ones = [
         load_config(PROFILE, {"train.betas": [beta], "train.ks": [k], **shared}).train
@@ -280,6 +280,7 @@ def compare_grid(*, d_sae: int, n_steps: int, repeats: int, scratch: Path | None
 
 
 def main() -> None:
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the pipeline command does
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--d-sae", type=int, default=15360)

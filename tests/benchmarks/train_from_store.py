@@ -10,6 +10,7 @@ each run's first, and one JSON line last: at most 1.02 is wanted.
 import argparse
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -39,6 +40,7 @@ def time_steps(config: TrainConfig, batches: Iterable[store.Batch]) -> list[floa
 
 
 def main() -> None:
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the pipeline command does
     parser = argparse.ArgumentParser()
     parser.add_argument("--dir", type=Path, help="where to write; default: a temporary folder")
     parser.add_argument("--steps", type=int, default=12, help="of each run")
@@ -50,7 +52,8 @@ def main() -> None:
     changes = {
         "train.betas": [1e5],
         "train.ks": [32],
-        "train.d_sae": arguments.d_sae,
+        "train.d_saes": [arguments.d_sae],
+        "train.gradients": ["cached"],
         "train.precision": arguments.precision,
     }
     config = load_config(PROFILE, changes).train

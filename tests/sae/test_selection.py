@@ -87,15 +87,16 @@ def test_beta_zero_is_plain_topk_bit_for_bit(seed: int) -> None:
 @pytest.mark.parametrize(
     ("d_sae", "k", "shift"),
     [
-        (1280, 5, 0.0),  # 80 groups of 16, two stages
-        (1280, 20, 0.0),  # as many groups as two stages need
-        (1280, 21, 0.0),  # one less
+        (1280, 5, 0.0),  # 160 groups of 8, and 20 groups of these
+        (1280, 2, 0.0),  # 20 groups are no whole groups themselves
+        (1280, 40, 0.0),  # as many groups as two stages need
+        (1280, 41, 0.0),  # one less
         (1285, 5, 0.0),  # no whole groups
         (1280, 5, -10.0),  # no score above zero
         (1280, 5, -2.6),  # fewer than k above zero in some rows
     ],
 )
-def test_two_stages_find_what_a_sort_finds(
+def test_search_by_groups_finds_what_a_sort_finds(
     dtype: torch.dtype, d_sae: int, k: int, shift: float
 ) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -81,7 +81,7 @@ def test_row_blocks_do_not_change_the_result(batch: int) -> None:
 
 @pytest.mark.parametrize("beta_per_token", [0.0, 0.5])
 def test_a_dictionary_that_is_searched_in_two_stages(beta_per_token: float) -> None:
-    parameters, grads = draw(300, 6, 2048)  # 256 rows fill the cache
+    parameters, grads = draw(300, 6, 2048)  # 256 rows are searched at once
     assert_same(parameters, grads, k=7, beta_per_token=beta_per_token)
 
 
