@@ -128,13 +128,14 @@ def find_by_token(
 def find_by_text(on_text: Firing, elsewhere: Firing) -> Found:
     """The latent that fires most on a text, compared with how it fires elsewhere.
 
-        score_i = a_i / (b_i + mean over j of b_j)
+        score_i = a_i / max(b_i + mean over j of b_j, eps)
 
     a and b are mean activations on the text and on reference text; the mean over all latents keeps
-    those that barely fire at all from winning by that. Raises ConfigError if none fires.
+    those that barely fire at all from winning by that, and eps, float64's, is for reference text on
+    which none fires. Raises ConfigError if none fires on the text.
     """
-    scores = on_text.mean / (elsewhere.mean + elsewhere.mean.mean())
-    scores = scores.nan_to_num(0.0, posinf=0.0)
+    usual = elsewhere.mean + elsewhere.mean.mean()
+    scores = on_text.mean / usual.clamp(min=torch.finfo(usual.dtype).eps)
     if not scores.any():
         raise ConfigError(
             "--text: expected text on which a latent fires, got none that does. Give a longer one."

@@ -10,14 +10,12 @@ the logits of more than a chunk of rows at a time are ever computed.
         take_step(learner, step.acts, step.grads, step.tokens, lr=lr, objective=step.objective)
 """
 
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
@@ -28,7 +26,6 @@ from pipeline.errors import TrainError
 from pipeline.model import (
     LanguageModel,
     Unembedding,
-    final_hidden,
     hash_weights,
     load_model,
     locate_checkpoint,
@@ -36,6 +33,7 @@ from pipeline.model import (
 from pipeline.model.unembed import CHUNK_BYTES, reduce_precision
 from pipeline.sae.group import ALONE, Group
 from pipeline.sae.learning import Objective
+from pipeline.upper import find_lower_blocks, run_upper
 from store.blocks import BlockBatch, stream_blocks
 from store.errors import StoreMismatch
 from store.identity import diff_identities
@@ -194,53 +192,13 @@ def count_lower_blocks(hook: str) -> int:
 
     resid_mid, attn_out and mlp_out do not say what goes around them.
     """
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)
-    if found is None:
+    n_lower = find_lower_blocks(hook)
+    if n_lower is None:
         raise TrainError(
             f"hook for end_to_end: expected resid_pre or resid_post, got {hook}. Leave end_to_end "
             "out of train.architectures, or run `pipeline cache --hook resid_post`."
         )
-    return int(found[1]) + (found[2] == "post")
-
-
-def run_upper(
-    model: LanguageModel,
-    tokens: Int[Tensor, "batch context"],
-    residual: Float[Tensor, "batch context d_model"],
-    *,
-    n_lower: int,
-) -> Float[Tensor, "batch context d_model"]:
-    """What the unembedding reads if `residual` leaves the lowest n_lower blocks, which do not run.
-
-    tokens give the positions, the mask and the embedding, which is thrown away. Where n_lower is 0
-    the residual replaces the embedding. (TransformerLens's own start_at_layer runs all blocks.)
-    """
-    residual = residual.to(model.dtype)
-
-    def put(value: Tensor, **_: Any) -> Tensor:
-        del value
-        return residual
-
-    hooks = [] if n_lower else [("blocks.0.hook_resid_pre", put)]
-    with _skip_blocks(list(model.bridge.blocks)[:n_lower], residual):
-        return final_hidden(model.bridge, tokens, hooks)
-
-
-@contextmanager
-def _skip_blocks(blocks: Sequence[nn.Module], residual: Tensor) -> Iterator[None]:
-    """Inside, calling one of `blocks` gives the residual and runs nothing."""
-
-    def skip(*_: Any, **__: Any) -> Tensor:
-        return residual
-
-    for block in blocks:
-        # A bridge hands plain assignments on to the module that it wraps.
-        object.__setattr__(block, "forward", skip)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            object.__delattr__(block, "forward")
+    return n_lower
 
 
 def row_divergences(

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.evaluate.steering import add_at, read_logits
+from pipeline.evaluate.pushes import add_at, read_logits
 from pipeline.model import LanguageModel, final_hidden
 
 

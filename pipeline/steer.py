@@ -1,9 +1,8 @@
 """One concept's latent (Olmo et al. 2024, Fig. 7): find it, steer with it, see what happens."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -22,26 +21,18 @@ from pipeline.concept import (
     name_latent,
     read_reference,
 )
-from pipeline.config import Config
-from pipeline.corpus.reader import Corpus, open_corpus
-from pipeline.device import pick_device
-from pipeline.errors import ConfigError, TrainError
-from pipeline.evaluate.association import associate, read_direct_map
-from pipeline.evaluate.steering import Sequences, look_at_sequences, steer
+from pipeline.config import Config, EvidenceConfig
+from pipeline.errors import ConfigError
+from pipeline.evaluate.association import associate, check_tokens, read_direct_map
+from pipeline.evaluate.pushes import Sequences, SteeringEffect, look_at_sequences, steer
 from pipeline.generate import Generation, generate
-from pipeline.model import (
-    LanguageModel,
-    hash_weights,
-    load_model,
-    load_tokenizer,
-    locate_checkpoint,
-)
-from pipeline.runs import Run, read_run
-from pipeline.sae import SaeConfig, SparseAutoencoder, load_sae, read_sae_config
-from store.identity import diff_identities
+from pipeline.subject import Subject, open_own_corpus, open_subject
 
 _PROMPTS = 2  # of reference text, where none is given
 _PROMPT_TOKENS = 12
+
+
+_LARGEST_ALPHA = 1e6  # beyond, float32 sums lose the activation
 
 
 class Wish(NamedTuple):
@@ -52,14 +43,14 @@ class Wish(NamedTuple):
     text: str | None = None
 
 
-class Subject(NamedTuple):
-    """One SAE of a run, and the model that it was trained on."""
+class Push(NamedTuple):
+    """A latent's direction, and the text that it is added to."""
 
-    run: Run
-    name: str
-    sae: SparseAutoencoder
-    model: LanguageModel
-    tokenizer: Any
+    subject: Subject
+    text: Sequences
+    direction: Float[Tensor, " d_model"]  # of norm 1
+    associated: Int[Tensor, " n"]  # tokens
+    direct: Float[Tensor, " n"]  # (W^T d) of these
 
 
 class TokenEffect(NamedTuple):
@@ -114,78 +105,49 @@ def steer_run(
     alphas that were given and at the largest of them. Raises ConfigError for a wish that no latent
     meets, TrainError where run, SAE, model or corpus do not belong together.
     """
-    if not all(map(math.isfinite, alphas)):
-        raise ConfigError(f"--alpha: expected finite numbers, got {', '.join(map(str, alphas))}.")
     evidence = config.evidence
-    shown = tuple(sorted(set(alphas))) or (evidence.steering_alpha,)
-    swept = tuple(sorted({*alphas} or {*evidence.steering_alphas, evidence.steering_alpha}))
+    shown, swept = plan_alphas(evidence, alphas)
     subject = open_subject(config, run_folder, sae_name)
-    corpus = _open_corpus(subject.run, corpus_folder)
-    limit = subject.model.facts.context_length or evidence.steering_context
-    reference = read_reference(
-        corpus, subject.tokenizer, context=min(evidence.steering_context, limit), seed=0
-    )
-    direct = read_direct_map(subject.model)
+    run, model = subject.run, subject.model
+    check_tokens(model, evidence.steering_tokens)
+    corpus = open_own_corpus(run, corpus_folder)
+    limit = model.facts.context_length or evidence.steering_context
+    context = min(evidence.steering_context, limit)
+    reference = read_reference(corpus, subject.tokenizer, context=context, seed=0)
+    direct = read_direct_map(model)
     firing = _measure(subject, reference.tokens)
     found = find_latent(subject, wish, direct, firing, every=corpus is None)
-    sequences = reference.tokens[: evidence.steering_sequences].to(subject.model.device)
-    excluded = subject.run.exclude_positions
-    text = look_at_sequences(subject.model, sequences, subject.run.hook, exclude_positions=excluded)
-    row = subject.sae.W_dec.detach()[found.latent].to(direct.device, direct.dtype)
-    direction = row / row.norm()
-    n = evidence.steering_tokens
+    tokens = reference.tokens[: evidence.steering_sequences].to(model.device)
+    text = look_at_sequences(model, tokens, run.hook, exclude_positions=run.exclude_positions)
+    push = aim(subject, text, found.latent, direct, n=evidence.steering_tokens)
     return Steering(
         sae=subject.name,
         latent=found.latent,
         why=found.why,
         score=found.score,
-        hook=subject.run.hook,
+        hook=run.hook,
         fires=firing.frequency[found.latent].item(),
         norm=text.norm,
-        reference=f"{sequences.shape[0]} sequences of {sequences.shape[1]} tokens of "
-        f"{reference.source}",
+        reference=f"{len(tokens)} sequences of {tokens.shape[1]} tokens of {reference.source}",
         alpha=shown[-1],
-        tokens=list_tokens(subject, text, direction, direct, n=n, alpha=shown[-1]),
-        effects=sweep(subject, text, direction, direct, n=n, alphas=swept),
-        texts=continue_prompts(subject, reference, direction * text.norm, generation, shown),
+        tokens=list_tokens(push, alpha=shown[-1]),
+        effects=sweep(push, alphas=swept),
+        texts=continue_prompts(push, reference, generation, shown),
     )
 
 
-def open_subject(config: Config, folder: Path, wanted: str | None) -> Subject:
-    """Load the SAE and its model; raises TrainError for another model, or no such SAE."""
-    run = read_run(folder)
-    configs = {name: read_sae_config(folder / name) for name in run.members}
-    name = choose_sae(configs, wanted, where=folder)
-    checkpoint = locate_checkpoint(config.model.name, config.model.revision)
-    identity = run.config.get("store_identity") or {}
-    found = {
-        "weights_hash": hash_weights(checkpoint),
-        "weight_processing": config.model.weight_processing,
-    }
-    if different := diff_identities({key: identity.get(key) for key in found}, found):
-        raise TrainError(
-            f"model for the SAEs at {folder}: {'; '.join(different)}. Run `pipeline steer` with "
-            "the profile or --model that they were trained with."
+def plan_alphas(
+    evidence: EvidenceConfig, given: Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """At which alphas text is generated, and at which effects are shown, from small to large."""
+    if not all(abs(alpha) <= _LARGEST_ALPHA for alpha in given):  # NaN is not, either
+        raise ConfigError(
+            f"--alpha: expected numbers from -{_LARGEST_ALPHA:g} to {_LARGEST_ALPHA:g}, got "
+            f"{', '.join(map(str, given))}."
         )
-    device = pick_device(config.run.device)
-    model = load_model(checkpoint, weight_processing=config.model.weight_processing, device=device)
-    sae = load_sae(folder / name, device=device)
-    return Subject(run, name, sae, model, load_tokenizer(checkpoint))
-
-
-def choose_sae(configs: Mapping[str, SaeConfig], wanted: str | None, *, where: Path) -> str:
-    """The SAE that was named; else the first with the highest beta among those that were trained on
-    their own gradients, or the first of all. Raises ConfigError, listing what exists.
-    """
-    if wanted is not None:
-        if wanted not in configs:
-            raise ConfigError(
-                f"--sae {wanted}: expected one of {', '.join(configs)} (at {where}), got none of "
-                "them."
-            )
-        return wanted
-    own = [n for n, c in configs.items() if c.training.get("gradient", "full") != "shuffled"]
-    return max(own or configs, key=lambda name: configs[name].beta)
+    shown = {*given} or {evidence.steering_alpha}
+    swept = {*given} or {*evidence.steering_alphas, evidence.steering_alpha}
+    return tuple(sorted(shown)), tuple(sorted(swept))
 
 
 def find_latent(
@@ -217,68 +179,56 @@ def find_latent(
     return find_by_text(_measure(subject, tokens), firing)
 
 
-def list_tokens(
-    subject: Subject, text: Sequences, direction: Tensor, direct: Tensor, *, n: int, alpha: float
-) -> tuple[TokenEffect, ...]:
-    """The n associated tokens of a unit direction, each with the change of its own mean probability
-    at alpha.
-    """
-    ids = associate(direction[None], direct, n)[0]
-    pushed = steer(
-        subject.model,
-        text,
-        direction.expand(n, -1),
-        ids[:, None],
-        hook=subject.run.hook,
-        length=alpha * text.norm,
-    )
-    values = direction @ direct[:, ids]
-    names = describe_tokens(subject.tokenizer, ids.tolist())
-    columns = zip(names, values.tolist(), pushed.associated.tolist(), strict=True)
+def aim(
+    subject: Subject,
+    text: Sequences,
+    latent: int,
+    direct: Float[Tensor, "d_model d_vocab"],
+    *,
+    n: int,
+) -> Push:
+    """Along a latent's decoder row; raises ConfigError for one of zeros, which has no direction."""
+    row = subject.sae.W_dec.detach()[latent].to(direct.device, direct.dtype)
+    if not row.any():
+        raise ConfigError(
+            f"latent {latent} of {subject.name}: expected a decoder row that is not zero, got "
+            "zeros. Choose another with --latent."
+        )
+    direction = row / row.norm()
+    associated = associate(direction[None], direct, n)[0]
+    return Push(subject, text, direction, associated, direction @ direct[:, associated])
+
+
+def list_tokens(push: Push, *, alpha: float) -> tuple[TokenEffect, ...]:
+    """The associated tokens, each with the change of its own mean probability at alpha."""
+    change = _steer(push, push.associated[:, None], alpha).associated
+    names = describe_tokens(push.subject.tokenizer, push.associated.tolist())
+    columns = zip(names, push.direct.tolist(), change.tolist(), strict=True)
     return tuple(TokenEffect(*column) for column in columns)
 
 
-def sweep(
-    subject: Subject,
-    text: Sequences,
-    direction: Tensor,
-    direct: Tensor,
-    *,
-    n: int,
-    alphas: Sequence[float],
-) -> tuple[Effect, ...]:
-    """What `pipeline.evaluate.steering.steer` says of the latent at each alpha."""
-    ids = associate(direction[None], direct, n)
-    effects = []
-    for alpha in alphas:
-        effect = steer(
-            subject.model,
-            text,
-            direction[None],
-            ids,
-            hook=subject.run.hook,
-            length=alpha * text.norm,
-        )
-        effects.append(Effect(alpha, *(column.item() for column in effect)))
-    return tuple(effects)
+def sweep(push: Push, *, alphas: Sequence[float]) -> tuple[Effect, ...]:
+    """What `pipeline.evaluate.pushes.steer` says of the latent at each alpha."""
+    effects = [_steer(push, push.associated[None], alpha) for alpha in alphas]
+    return tuple(
+        Effect(alpha, *(column.item() for column in effect))
+        for alpha, effect in zip(alphas, effects, strict=True)
+    )
 
 
 def continue_prompts(
-    subject: Subject,
-    reference: Reference,
-    push: Float[Tensor, " d_model"],
-    generation: Generation,
-    alphas: Sequence[float],
+    push: Push, reference: Reference, generation: Generation, alphas: Sequence[float]
 ) -> tuple[Continuation, ...]:
-    """Each prompt's continuation before steering and at each alpha; `push` is that of alpha 1."""
+    """Each prompt's continuation before steering and at each alpha."""
+    subject = push.subject
     begun = [ids[:_PROMPT_TOKENS].tolist() for ids in reference.tokens[:_PROMPTS]]
     given = [subject.tokenizer.encode(p, add_special_tokens=False) for p in generation.prompts]
     if not all(given):
         raise ConfigError("--prompt: expected at least one token, got none.")
+    deltas = torch.stack([alpha * push.text.norm * push.direction for alpha in (0.0, *alphas)])
     texts = []
     for prompt in given or begun:
         shown = subject.tokenizer.decode(prompt)
-        deltas = torch.stack([alpha * push for alpha in (0.0, *alphas)])
         continued = generate(
             subject.model,
             prompt,
@@ -292,6 +242,18 @@ def continue_prompts(
     return tuple(texts)
 
 
+def _steer(push: Push, associated: Int[Tensor, "copies n"], alpha: float) -> SteeringEffect:
+    """The same push, once for each row of tokens."""
+    return steer(
+        push.subject.model,
+        push.text,
+        push.direction.expand(len(associated), -1),
+        associated,
+        hook=push.subject.run.hook,
+        length=alpha * push.text.norm,
+    )
+
+
 def _measure(subject: Subject, tokens: Int[Tensor, "sequences context"]) -> Firing:
     run = subject.run
     return measure_firing(
@@ -301,18 +263,3 @@ def _measure(subject: Subject, tokens: Int[Tensor, "sequences context"]) -> Firi
         hook=run.hook,
         exclude_positions=run.exclude_positions,
     )
-
-
-def _open_corpus(run: Run, folder: Path | None) -> Corpus | None:
-    """The corpus, checked to be the one that the SAEs were trained on; None without a folder."""
-    if folder is None:
-        return None
-    corpus = open_corpus(folder)
-    wanted = (run.config.get("store_identity") or {}).get("corpus")
-    if corpus.manifest.fingerprint != wanted:
-        raise TrainError(
-            f"corpus at {folder}: expected the one that the SAEs at {run.folder} were trained on "
-            f"({str(wanted)[:16]}), got {corpus.manifest.fingerprint[:16]}. Name theirs with "
-            "--corpus."
-        )
-    return corpus

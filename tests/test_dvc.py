@@ -18,7 +18,9 @@ STAGES = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text())["stages"]
 ENTRIES = {
     "corpus": "pipeline/corpus/build.py",
     "cache": "pipeline/cache.py",
+    "cache-own": "pipeline/cache.py",
     "train": "pipeline/training.py",
+    "train-own": "pipeline/training.py",
     "evaluate": "pipeline/evaluate/__init__.py",
     "report": "pipeline/report/__init__.py",
 }
@@ -143,21 +145,23 @@ def test_repro_runs_what_a_change_touches(tmp_path):
     assert clone.repro() == list(STAGES)
     assert clone.repro() == []
 
-    name = "blocks.1.hook_resid_post/acts/c/0/0"
+    name = "blocks.1.hook_resid_post/grads/c/0/0"  # not those of tiny-own, as acts are
     published = (clone.folder / "stores/tiny" / name).stat()
-    (kept,) = (clone.folder / "stores/.work").glob(f"*/store/{name}")
-    assert kept.stat().st_ino == published.st_ino  # on disk once, DVC's cache counted
+    kept = [path.stat().st_ino for path in (clone.folder / "stores/.work").glob(f"*/store/{name}")]
+    assert len(kept) == 2  # the other is cache-own's
+    assert published.st_ino in kept  # on disk once, DVC's cache counted
     assert published.st_nlink == 3
 
     clone.edit("configs/tiny.yaml", "betas: [0, 1e4]", "betas: [0, 2e4]")
     assert clone.repro() == ["train", "evaluate", "report"]
 
     clone.edit("pipeline/capture.py", '"""', '"""Edited. ')
-    assert clone.repro()[:1] == ["cache"]
-    assert "computed 0 of" in clone.output
+    assert clone.repro()[:2] == ["cache", "cache-own"]
+    assert clone.output.count("computed 0 of") == 2
 
-    clone.edit("configs/tiny.yaml", "layers: [1]", "layers: [0]")
-    assert clone.repro() == ["cache", "train", "evaluate", "report"]
+    for profile in ("tiny", "tiny-own"):
+        clone.edit(f"configs/{profile}.yaml", "layers: [1]", "layers: [0]")
+    assert clone.repro() == [name for name in STAGES if name != "corpus"]
 
     status = subprocess.run(
         ["git", "status", "--porcelain"],

@@ -11,13 +11,13 @@ from pipeline.end_to_end import (
     make_step,
     plan_blocks,
     row_divergences,
-    run_upper,
     stream_end_to_end,
 )
 from pipeline.errors import TrainError
 from pipeline.model import LanguageModel, Unembedding, load_model, name_site
 from pipeline.sae import TopKSAE, init_weights, start_learning, take_step
 from pipeline.sae.group import Group
+from pipeline.upper import run_upper
 from store.blocks import BlockBatch
 from store.reader import open_store
 from tests.checkpoints import save_gpt2, save_llama, save_neox

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from pipeline.capture import capture, patched_loss
 from pipeline.config import load_config
+from pipeline.corpus.packing import Packing, SplitPacker
 from pipeline.corpus.reader import Blocks, Corpus
+from pipeline.corpus.tokens import find_separator
 from pipeline.errors import CorpusError
 from pipeline.evaluate import activity as activity_module
 from pipeline.evaluate import evaluate_runs, evaluate_saes
@@ -21,7 +24,7 @@ from pipeline.evaluate.activity import Activity, list_fired
 from pipeline.evaluate.bootstrap import draw_weights
 from pipeline.evaluate.controls import Control
 from pipeline.evaluate.faithfulness import Sums
-from pipeline.evaluate.held_out import draw_blocks, read_held_out
+from pipeline.evaluate.held_out import draw_blocks, label_documents, read_held_out
 from pipeline.evaluate.measure import list_blocks
 from pipeline.evaluate.stage import fit_controls
 from pipeline.evaluate.subjects import Subjects, name_architecture
@@ -43,7 +46,7 @@ from tests.checkpoints import save_gpt2
 
 CONTEXT, VOCAB, D_MODEL, D_SAE, K = 12, 64, 16, 48, 4
 HOOK = "blocks.1.hook_resid_post"
-LENGTHS = (12, 7, 12, 2, 9, 12)
+LENGTHS = (12, 7, 12, 2, 9, 12, 12, 5)
 EXCLUDE = (0, 5)
 LOSS_TOKENS = 255
 OPTIONS = {
@@ -64,6 +67,7 @@ class FewBlocks(Corpus):
         tokens = rng.integers(VOCAB, size=(len(lengths), CONTEXT + 1), dtype=np.int32)
         object.__setattr__(self, "blocks", Blocks(tokens, np.array(lengths, np.int32)))
         object.__setattr__(self, "folder", Path("few-blocks"))
+        object.__setattr__(self, "manifest", SimpleNamespace(packing="per_document"))
 
     def lengths(self, split: str) -> np.ndarray:
         assert split == "held_out"
@@ -215,7 +219,7 @@ def flatten(metrics: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.parametrize(("architecture", "beta"), MEMBERS)
 def test_figures_equal_whole_runs_row_by_row(model, blocks, architecture, beta):
     sae = make_sae(architecture, beta)
-    metrics, activities, _ = evaluate(model, {"it": sae})
+    metrics, activities, *_ = evaluate(model, {"it": sae})
     n_rows = sum(len(block.rows) for block in blocks)
     assert metrics["model"]["loss"] == pytest.approx(
         sum(block.loss for block in blocks) / sum(LENGTHS), rel=1e-5
@@ -284,7 +288,7 @@ def test_rows_in_small_pieces_give_the_same_figures(model, name, monkeypatch):
 
 def test_a_baseline_is_measured_as_saes_are(model, blocks):
     half = Control(lambda acts: acts / 2, ("without_gradient",), {"kind": "half"})
-    metrics, _, sums = evaluate(model, {}, controls={"half": half})
+    metrics, _, sums, _ = evaluate(model, {}, controls={"half": half})
     expected = slow_figures(blocks, [block.acts / 2 for block in blocks])
     del expected["loss_added_all_positions"]
     figures = without_intervals(metrics["controls"]["half"]["without_gradient"])
@@ -321,10 +325,10 @@ def test_sums_per_block_equal_runs_of_each_block_alone(model, blocks):
 
 
 def test_rows_of_blocks_add_up_to_the_figures(model):
-    metrics, _, sums = evaluate(model, {"it": make_sae("topk")})
+    metrics, _, sums, _ = evaluate(model, {"it": make_sae("topk")})
     rows = list_blocks(sums)
     assert [(row["mode"], row["block"]) for row in rows] == [
-        (mode, block) for mode in ("with_gradient", "without_gradient") for block in range(6)
+        (mode, block) for mode in ("with_gradient", "without_gradient") for block in range(8)
     ]
     total = {key: sum(row[key] for row in rows) for key in rows[0] if key not in ("name", "mode")}
     figures = metrics["saes"]["it"]["with_gradient"]
@@ -353,7 +357,7 @@ def test_a_reconstruction_without_error_adds_nothing(model):
 
 
 def test_intervals_are_quantiles_over_resampled_blocks(model):
-    metrics, _, sums = evaluate(model, {"it": make_sae("topk", 3e3)}, bootstrap_draws=40)
+    metrics, _, sums, _ = evaluate(model, {"it": make_sae("topk", 3e3)}, bootstrap_draws=40)
     weights = draw_weights(len(LENGTHS), draws=40)[1:].tolist()
     for mode in ("with_gradient", "without_gradient"):
         rows = [row for row in list_blocks(sums) if row["mode"] == mode]
@@ -383,7 +387,7 @@ def test_saes_of_own_loss_select_with_its_gradient(model):
         assert 0 < overlap < 1
     (full, plain), (own, still_plain) = figures.values()
     assert plain == still_plain
-    tokens, lengths = FewBlocks().read_blocks("held_out", 0, 6)
+    tokens, lengths = FewBlocks().read_blocks("held_out", 0, 8)
     losses = []
     for block, length in zip(tokens, lengths, strict=True):
         one = torch.from_numpy(block[: length + 1]).long()[None]
@@ -490,7 +494,7 @@ def test_activity_equals_a_count_over_all_rows(monkeypatch):
 
 @pytest.mark.parametrize(
     ("n_tokens", "n_blocks"),
-    [(None, 6), (1, 1), (54, 6)],  # of 54 rows in 6 blocks
+    [(None, 8), (1, 1), (71, 8)],  # of 71 rows in 8 blocks
 )
 def test_as_many_blocks_as_hold_the_tokens(model, n_tokens, n_blocks):
     batches = list(
@@ -500,9 +504,64 @@ def test_as_many_blocks_as_hold_the_tokens(model, n_tokens, n_blocks):
     )
     assert sum(len(batch.tokens) for batch in batches) == n_blocks
     lengths = torch.cat([batch.lengths for batch in batches])
-    assert int(sum(batch.real.sum() for batch in batches)) == int(lengths.sum()) >= (n_tokens or 54)
+    assert int(sum(batch.real.sum() for batch in batches)) == int(lengths.sum()) >= (n_tokens or 71)
+
+
+class Packed(FewBlocks):
+    """Documents as the corpus stage packs them, in a split of their own."""
+
+    def __init__(
+        self, documents: list[np.ndarray], separator: int, *, bos: int | None, is_text: bool
+    ) -> None:
+        packer = SplitPacker(Packing("packed", CONTEXT, separator=separator, bos=bos), None)
+        parts = [packer.add(ids, is_text=is_text) for ids in documents]
+        tokens, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
+        object.__setattr__(self, "blocks", Blocks(tokens, lengths))
+        manifest = SimpleNamespace(packing="packed", prepend_bos=bos is not None)
+        object.__setattr__(self, "manifest", manifest)
+
+    def n_blocks(self, split: str) -> int:
+        assert split == "held_out"
+        return len(self.blocks.lengths)
+
+
+@pytest.mark.parametrize("bos", [None, "separator", 50])
+@pytest.mark.parametrize("at_once", [4096, 3])
+def test_a_block_is_of_the_document_that_it_begins_in(model, bos, at_once, monkeypatch):
+    """Documents are numbered, and their tokens are that number: a block's first token, if it is not
+    the separator itself, says which document it is of.
+    """
+    monkeypatch.setattr("pipeline.evaluate.held_out._BLOCKS_AT_ONCE", at_once)
+    separator = find_separator(model.bridge.tokenizer)
+    bos = separator if bos == "separator" else bos
+    sizes = (3, 40, 1, 2, 1, CONTEXT - 1, 2 * CONTEXT - 1, 30, 5)
+    documents = [np.full(size, separator + i, np.int32) for i, size in enumerate(sizes, 1)]
+    corpus = Packed(documents, separator, bos=bos, is_text=True)
+    order = np.random.default_rng(0).permutation(corpus.n_blocks("held_out"))
+    found = label_documents(model, corpus, order)
+    first = int(bos is not None)
+    for label, block in zip(found.tolist(), corpus.blocks.tokens[order], strict=True):
+        begins = block[first] if block[first] != separator else block[first + 1]
+        assert label == begins - separator
+    assert len(found.unique()) > 3
+
+
+def test_documents_without_separators_are_one(model):
+    separator = find_separator(model.bridge.tokenizer)
+    documents = [np.full(20, separator + i, np.int32) for i in range(1, 10)]
+    corpus = Packed(documents, separator, bos=None, is_text=False)
+    order = np.arange(corpus.n_blocks("held_out"))
+    found = label_documents(model, corpus, order)
+    assert set(found.tolist()) == {0}
+
+
+def test_every_block_of_one_document_each_is_its_own(model):
+    measured = evaluate(model, {}, n_tokens=40)
+    order = draw_blocks(FewBlocks(), 40)
+    assert measured.documents.tolist() == order.tolist()
+    assert measured.metrics["model"]["documents"] == len(order) < len(LENGTHS)
 
 
 def test_more_tokens_than_are_held_out(model):
-    with pytest.raises(CorpusError, match="expected at least 55 tokens"):
-        evaluate(model, {}, n_tokens=55)
+    with pytest.raises(CorpusError, match="expected at least 72 tokens"):
+        evaluate(model, {}, n_tokens=72)

@@ -51,7 +51,11 @@ def files_in(folder: Path) -> set[str]:
         (["cache", "--layr", "1"], "Did you mean '--layer'?"),
         (["train", "--set", "train.beta=3"], "Did you mean train.betas?"),
         (["cache", "--set", "cache.layers"], "expected KEY=VALUE"),
-        (["cache", "--profile", "tiyn"], "profile tiyn: expected one of demo, gpt2-small, tiny"),
+        (
+            ["cache", "--profile", "tiyn"],
+            "profile tiyn: expected one of demo, demo-own, gpt2-small, gpt2-small-own, paper-demo, "
+            "paper-demo-own, tiny, tiny-own, or",
+        ),
         # fault 2: wrong type or range
         (["train", "--k", "65"], "train.ks: expected at most d_sae = 64, got 65"),
         (["train", "--beta", "-1"], "train.betas.0: Input should be greater than or equal to 0"),
@@ -317,7 +321,8 @@ def test_11_ctrl_c_is_one_line(project):
 
 
 def test_per_document_and_bos_end_to_end(project):
-    changes = ("--set", "corpus.packing=per_document", "--set", "corpus.prepend_bos=true")
+    settings = ("packing=per_document", "prepend_bos=true", "held_out_fraction=0.3")
+    changes = [word for setting in settings for word in ("--set", f"corpus.{setting}")]
     for stage in ("corpus", "cache", "train", "evaluate"):
         extra = ("--set", "train.batch_size=64") if stage in ("train", "evaluate") else ()
         assert run_cli(stage, *changes, *extra) == 0, stage

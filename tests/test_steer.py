@@ -25,10 +25,10 @@ from pipeline.model import LanguageModel, load_model, load_tokenizer
 from pipeline.report.steered import show_text
 from pipeline.sae import SaeConfig, SparseAutoencoder, TopKSAE, init_weights, load_sae, save_sae
 from pipeline.sae.io import read_sae_config
-from pipeline.steer import choose_sae
+from pipeline.subject import choose_sae
 from tests.tiny import run_cli
 
-PLANTED, TOKEN, NAME = 9, "w", "k4-beta1e4"
+PLANTED, ZERO, TOKEN, NAME = 9, 5, "w", "k4-beta1e4"
 FEW = ("--new-tokens", "3", "--sae", NAME)
 
 
@@ -49,6 +49,7 @@ def project(cached, tmp_path_factory) -> Path:
         # No direction raises the token by more of its logits' standard deviations.
         sae.W_dec[PLANTED] = 5 * torch.linalg.pinv(direct @ direct.T, rtol=1e-4) @ direct[:, token]
         sae.b_enc[PLANTED] = 100.0
+        sae.W_dec[ZERO] = 0.0
     save_sae(sae, where, training=training)
     return folder
 
@@ -141,8 +142,13 @@ def test_without_a_corpus_text_is_built_in(project, monkeypatch, capsys, tmp_pat
         (("--latent", "1", "--sae", "k5"), "--sae k5: expected one of k4-beta0, k4-beta1e4"),
         (("--text", "a"), "expected tokens beyond the positions that training left out"),
         (("--latent", "1", "--out", "plot.png"), "expected a name that ends in .svg or .html"),
-        (("--latent", "1", "--alpha", "nan"), "--alpha: expected finite numbers, got nan"),
+        (
+            ("--latent", "1", "--alpha", "nan"),
+            "--alpha: expected numbers from -1e+06 to 1e+06, got nan",
+        ),
         (("--latent", "1", "--prompt", ""), "--prompt: expected at least one token"),
+        (("--latent", str(ZERO)), f"latent {ZERO} of {NAME}: expected a decoder row that is not"),
+        (("--latent", "1", "--set", "evidence.steering_tokens=9999"), "expected fewer than the"),
     ],
 )
 def test_wrong_input_is_one_line(project, monkeypatch, capsys, args, message):
@@ -177,10 +183,12 @@ def test_the_sae_with_the_highest_beta_on_gradients_of_its_own_is_taken():
         "high": config(9, "full"),
         "as-high": config(9, "own"),
         "shuffled": config(99, "shuffled"),
+        "own-shuffled": config(999, "own-shuffled"),
     }
     assert choose_sae(configs, None, where=Path("run")) == "high"
     assert choose_sae(configs, "plain", where=Path("run")) == "plain"
-    assert choose_sae({"plain": configs["plain"]}, None, where=Path("run")) == "plain"
+    for name in ("plain", "own-shuffled"):
+        assert choose_sae({name: configs[name]}, None, where=Path("run")) == name
 
 
 def test_a_token_s_latent_is_that_of_the_largest_standardised_logit():
@@ -206,6 +214,11 @@ def test_a_text_s_latent_fires_there_and_not_elsewhere():
     found = find_by_text(Firing(on_text, on_text), Firing(elsewhere, elsewhere))
     assert found.latent == 1
     assert found.score == pytest.approx(2 / (0.1 + 2.0))
+    silent = Firing(0 * elsewhere, 0 * elsewhere)  # nothing fires on the reference text
+    found = find_by_text(Firing(on_text, on_text), silent)
+    assert found.latent == 0
+    assert found.score is not None
+    assert 0 < found.score < float("inf")
     with pytest.raises(ConfigError, match="expected text on which a latent fires"):
         find_by_text(Firing(0 * on_text, on_text), Firing(elsewhere, elsewhere))
 

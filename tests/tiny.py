@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,19 +20,34 @@ CONTEXT = 16
 
 # What differs from the demo profile, so that everything takes a second.
 _CHANGES = {
-    "  name: demo": "  name: model",
-    "  source: demo": "  source: texts",
-    "  context_length: 256": f"  context_length: {CONTEXT}",
-    "  layers: [7]": "  layers: [1]",
-    "  precision: bfloat16": "  precision: float32",
-    "  batch_blocks: 16": "  batch_blocks: 32",
-    "  d_sae: 2048": "  d_sae: 64",
-    "  ks: [32]": "  ks: [4]",
-    "  betas: [0, 3e4]  # the paper's 1e5 is too large here: docs/performance.md has the sweep": (
-        "  betas: [0, 1e4]"
-    ),
-    "  batch_size: 2048": "  batch_size: 512",
+    "model.name": "model",
+    "corpus.source": "texts",
+    "corpus.context_length": str(CONTEXT),
+    "corpus.train_tokens": "null",
+    "cache.layers": "[1]",
+    "cache.precision": "float32",
+    "cache.batch_blocks": "32",
+    "train.d_saes": "[64]",
+    "train.gradients": "[cached]",
+    "train.ks": "[4]",
+    "train.betas": "[0, 1e4]",
+    "train.batch_size": "512",
+    "evaluate.tokens": "null",
+    "evaluate.batch_blocks": "32",
+    "evidence.bootstrap_draws": "50",
+    "evidence.sensitivity_rows": "160",
+    "evidence.perturbation_layers": "null",
+    "evidence.perturbation_samples": "8",
+    "evidence.perturbation_context": "12",
+    "evidence.steering_latents": "8",
+    "evidence.steering_sequences": "2",
+    "evidence.steering_context": "12",
+    "evidence.steering_alphas": "[0.5, 1]",
+    "evidence.steering_alpha": "1",
+    "evidence.splitting_latents": "8",
+    "evidence.splitting_blocks": "24",
 }
+_OWN = {"cache.loss": "own", "train.betas": "[1e4]"}
 
 
 class Result(NamedTuple):
@@ -41,23 +57,28 @@ class Result(NamedTuple):
 
 
 def make_project(folder: Path) -> Path:
-    """Model, texts, params.yaml and configs/tiny.yaml in `folder`."""
+    """Model, texts, params.yaml, configs/tiny.yaml and configs/tiny-own.yaml in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_gpt2(folder / "model", n_layers=3, d_model=16, n_heads=2, context=CONTEXT)
     write_texts(folder / "texts")
     profile = (REPOSITORY / "configs" / "demo.yaml").read_text()
-    for line, changed in _CHANGES.items():
-        assert line in profile, line
-        profile = profile.replace(line, changed)
-    for key in ("train_tokens", "held_out_tokens", "tokens"):
-        profile = "\n".join(
-            f"  {key}: null" if line.startswith(f"  {key}:") else line
-            for line in profile.splitlines()
-        )
     (folder / "configs").mkdir(exist_ok=True)
-    (folder / "configs" / "tiny.yaml").write_text(profile + "\n")
+    for name, changes in {"tiny": _CHANGES, "tiny-own": _CHANGES | _OWN}.items():
+        (folder / "configs" / f"{name}.yaml").write_text(change_profile(profile, changes))
     (folder / "params.yaml").write_text("profile: tiny\n")
     return folder
+
+
+def change_profile(profile: str, changes: Mapping[str, str]) -> str:
+    """The text of a profile with other values, by section and key."""
+    lines, section, left = [], "", dict(changes)
+    for line in profile.splitlines():
+        key = line.strip().partition(":")[0]
+        section = section if line.startswith(" ") else key
+        value = left.pop(f"{section}.{key}", None)
+        lines.append(line if value is None else f"  {key}: {value}")
+    assert not left, f"no such keys: {', '.join(left)}"
+    return "\n".join(lines) + "\n"
 
 
 def write_texts(folder: Path, n: int = 40) -> None:
@@ -71,7 +92,7 @@ def write_texts(folder: Path, n: int = 40) -> None:
         (folder / f"{i:02}.txt").write_text(text)
 
 
-def run_cli(*args: str) -> int:
+def run_cli(*args: str | Path) -> int:
     """Run the command in this process; returns its exit code."""
     try:
         main([str(arg) for arg in args])
@@ -80,7 +101,7 @@ def run_cli(*args: str) -> int:
     return 0
 
 
-def spawn_cli(*args: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+def spawn_cli(*args: str | Path, cwd: Path, **environment: str) -> subprocess.Popen[str]:
     """Start the command as a process of its own, in its own process group."""
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline", *map(str, args)],

@@ -19,7 +19,8 @@ from pipeline.cli.store import store
 from pipeline.errors import ConfigError, PipelineError
 from store.errors import StoreError
 
-_INTERRUPTED = "Interrupted. Run the same command again: what is finished is kept."
+_INTERRUPTED = "Interrupted. Run the same command again."
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class SuggestingGroup(click.Group):
@@ -56,7 +57,7 @@ def main(args: list[str] | None = None) -> None:
     """Run a command.
 
     Exits with 0 when it did its work, 2 for a wrong command line or configuration, 130 for Ctrl-C,
-    else 1.
+    143 for SIGTERM, else 1.
     """
     arguments = sys.argv[1:] if args is None else args
     debug, as_json = "--debug" in arguments, "--json" in arguments
@@ -77,29 +78,36 @@ def main(args: list[str] | None = None) -> None:
 
 @contextmanager
 def _interrupts() -> Iterator[None]:
-    """Ctrl-C unwinds the command; a second one ends the process at once, whatever it is doing.
+    """Ctrl-C, or SIGTERM, as schedulers send it, unwinds the command; a second one ends the process
+    at once, whatever it is doing.
 
-    What is on the disk can be resumed at any moment, and the kernel releases the locks.
+    What is on the disk is whole at any moment, and the kernel releases the locks.
     """
+    code = 130  # click aborts without a signal too
 
-    def unwind(*_: object) -> None:
-        signal.signal(signal.SIGINT, exit_at_once)
+    def unwind(number: int, _: object) -> None:
+        nonlocal code
+        code = 128 + number
+        for stop in _STOPS:
+            signal.signal(stop, exit_at_once)
         raise KeyboardInterrupt
 
-    def exit_at_once(*_: object) -> None:
+    def exit_at_once(number: int, _: object) -> None:
         click.echo(_INTERRUPTED, err=True)
-        os._exit(130)
+        os._exit(128 + number)
 
-    before = signal.signal(signal.SIGINT, unwind)
+    before = {stop: signal.signal(stop, unwind) for stop in _STOPS}
     try:
         yield
     except (click.Abort, KeyboardInterrupt):  # click turns the one into the other
         click.echo(_INTERRUPTED, err=True)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # little is left to do, and Python ends it
-        sys.exit(130)
+        for stop in _STOPS:
+            signal.signal(stop, signal.SIG_IGN)  # little is left to do, and Python ends it
+        sys.exit(code)
     finally:
-        if signal.getsignal(signal.SIGINT) is unwind:
-            signal.signal(signal.SIGINT, before)
+        for stop, handler in before.items():
+            if signal.getsignal(stop) is unwind:
+                signal.signal(stop, handler)
 
 
 def _print_error(message: str, *, as_json: bool) -> None:

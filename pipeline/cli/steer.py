@@ -1,6 +1,7 @@
 """`pipeline steer`: one concept's latent, what steering with it does, and text before and after."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import click
 from pipeline.cli.options import Invocation, takes
 from pipeline.cli.results import SAME_RUN
 from pipeline.cli.stages import FOLDER
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 
 if TYPE_CHECKING:
     from pipeline.steer import Steering
@@ -46,19 +47,25 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--new-tokens",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=4096),
     default=40,
     show_default=True,
     help="Tokens to generate.",
 )
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(min=0, max=100),
     default=0.7,
     show_default=True,
     help="Of the sampling; 0 takes the likeliest token.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=2**32),
+    default=0,
+    show_default=True,
+    help="Of the sampling.",
+)
 @click.option(
     "--out", type=FOLDER, help="The plot, .svg or .html.  [default: results/<run>-<latent>.svg]"
 )
@@ -82,11 +89,11 @@ def steer(
     """Find one concept's latent, steer with it, and show text before and after."""
     if sum(wish is not None for wish in (token, latent, text)) != 1:
         raise ConfigError("pipeline steer: expected one of --token, --latent and --text.")
+    if math.isnan(temperature):  # which no range of click's keeps out
+        raise ConfigError("--temperature: expected a number from 0 to 100, got nan.")
     if out is not None and out.suffix not in (".svg", ".html"):
         raise ConfigError(f"--out {out}: expected a name that ends in .svg or .html.")
-    from pipeline.files import write_text
     from pipeline.generate import Generation
-    from pipeline.report.steered import draw_steering, wrap_page
     from pipeline.steer import Wish, steer_run
 
     folder = run_path or run.paths.run
@@ -102,14 +109,28 @@ def steer(
     )
     name = f"{folder.resolve().name}-{found.sae}-{found.latent}"
     out = out or run.paths.results.with_name(f"{name}.svg")
-    picture = draw_steering(found)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, wrap_page(picture, name) if out.suffix == ".html" else picture)
+    write_plot(found, out, title=name)
     if as_json:
         click.echo(json.dumps(describe(found) | {"plot": str(out)}, ensure_ascii=False))
         return
     print_steering(found)
     click.echo(f"plot in {out}")
+
+
+def write_plot(found: "Steering", out: Path, *, title: str) -> None:
+    """The picture alone, or a page around it where `out` ends in .html."""
+    from pipeline.files import write_text
+    from pipeline.report.steered import draw_steering, wrap_page
+
+    picture = draw_steering(found)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, wrap_page(picture, title) if out.suffix == ".html" else picture)
+    except OSError as error:
+        raise PipelineError(
+            f"plot at {out}: expected a place that can be written, got {error.strerror}. Choose "
+            "another --out."
+        ) from None
 
 
 def describe(found: "Steering") -> dict:

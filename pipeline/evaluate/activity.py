@@ -44,9 +44,9 @@ class Activity:
             self.n_ends += 1
 
     @property
-    def l0(self) -> float:
-        """Mean number of latents that fire on a row."""
-        return self.firings.sum().item() / self.n_rows
+    def l0(self) -> float | None:
+        """Mean number of latents that fire on a row; None of no rows."""
+        return self.firings.sum().item() / self.n_rows if self.n_rows else None
 
     @property
     def dead_fraction(self) -> float | None:

@@ -4,11 +4,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pipeline.errors import ModelError
+from pipeline.errors import ConfigError, ModelError
 from pipeline.model import LanguageModel
 
 _LARGE = 1e3  # a probe beside which the norm's epsilon is nothing
 _ROWS_AT_ONCE = 64  # 64 rows of GPT-2's vocabulary are 13 MB
+
+
+def check_tokens(model: LanguageModel, n: int) -> None:
+    """Raise ConfigError unless n associated tokens leave others in the model's vocabulary."""
+    d_vocab = len(model.unembedding.weight)
+    if n >= d_vocab:
+        raise ConfigError(
+            f"evidence.steering_tokens: expected fewer than the {d_vocab} tokens of "
+            f"{model.facts.name}, got {n}. Run with `--set evidence.steering_tokens=<tokens>`."
+        )
 
 
 @torch.no_grad()

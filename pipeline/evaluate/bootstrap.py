@@ -1,18 +1,20 @@
 """Intervals by resampling (Efron 1979): what varies is drawn anew with replacement, as a whole.
 
 What is resampled are blocks of text where a figure is a mean over tokens, for tokens of a block
-depend on each other; and latents, where it is one over latents. Two figures of the same blocks are
-compared draw by draw, so that what the blocks share cancels.
+depend on each other; and latents, where it is one over latents. Claims resample whole documents
+in place of blocks. Two figures of the same units are compared draw by draw, so that what the units
+share cancels.
 """
 
 import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 COVERAGE = 0.95  # of every interval
+MIN_UNITS = 8  # that anything can be said from; a single one would never vary
 
 
 class Interval(NamedTuple):
@@ -25,13 +27,24 @@ class Interval(NamedTuple):
 
 def draw_weights(n: int, *, draws: int, seed: int = 0) -> Float[Tensor, "draws_and_one n"]:
     """How often each of n units is in each resampling, float64; the first row, all 1, is the sample
-    itself.
+    itself. The others are NaN where n is below MIN_UNITS, and so are the ends of the interval.
     """
+    if n < MIN_UNITS:
+        weights = torch.full((draws + 1, n), torch.nan, dtype=torch.float64)
+        weights[0] = 1
+        return weights
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randint(n, (draws, n), generator=generator)
     counts = torch.zeros(draws, n, dtype=torch.float64)
     counts.scatter_add_(1, picked, torch.ones_like(picked, dtype=torch.float64))
     return torch.cat([torch.ones(1, n, dtype=torch.float64), counts])
+
+
+def sum_by(labels: Int[Tensor, " n"], values: Float[Tensor, "n ..."]) -> Float[Tensor, "units ..."]:
+    """Sums of the values that have a label in common, in the order of the labels, on the CPU."""
+    found, places = labels.cpu().unique(return_inverse=True)
+    values = values.cpu()
+    return values.new_zeros(len(found), *values.shape[1:]).index_add_(0, places, values)
 
 
 def resample_ratio(
@@ -53,7 +66,9 @@ def resample_mean(
 
 
 def find_interval(resampled: Float[Tensor, " draws_and_one"]) -> Interval:
-    """The percentile interval of what the resamplings give; NaN among them stays out."""
+    """The percentile interval of what the resamplings give; NaN among them stays out, and where all
+    are NaN, so are low and high.
+    """
     value, draws = resampled[0].item(), resampled[1:]
     draws = draws[draws.isfinite()]
     if len(draws) == 0:

@@ -1,8 +1,8 @@
 """Which SAEs are compared with which, and by how much they differ.
 
-Everything is resampled before it is compared: figures over text in the same resamplings of blocks
-for all SAEs, so that what the blocks share cancels; figures over latents independently, for two
-dictionaries share no latent.
+Everything is resampled before it is compared: figures over text in the same resamplings of whole
+documents for all SAEs, so that what the text does to both cancels; figures over latents
+independently, for two dictionaries share no latent.
 """
 
 import math
@@ -10,18 +10,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pipeline.evaluate.activity import Activity
-from pipeline.evaluate.bootstrap import Interval, draw_weights, find_interval, resample_mean
+from pipeline.evaluate.bootstrap import (
+    Interval,
+    draw_weights,
+    find_interval,
+    resample_mean,
+    sum_by,
+)
 from pipeline.evaluate.faithfulness import RESAMPLE, Sums
+from pipeline.evaluate.steering import RANDOM
 from pipeline.paths import format_number
 
 Rows = Sequence[Mapping[str, Any]]
 Key = tuple[str, str, str]  # figure, SAE or control, mode
-
-_STEERING = {"associated": "associated", "others": "others_absolute"}  # figure: column
 
 
 class Evidence(NamedTuple):
@@ -34,6 +39,14 @@ class Evidence(NamedTuple):
     tables: Mapping[str, Rows]  # the other measurements', by name; those not made are not there
     alpha: float  # length at which steering is compared, as in the table
     draws: int  # resamplings
+    documents: Int[Tensor, " blocks"] | None = None  # of each block of the sums; None: its own
+
+
+class Resampled(NamedTuple):
+    """A figure in every resampling."""
+
+    draws: Float[Tensor, " draws_and_one"]
+    units: str  # what is resampled, and how many there are: "40 documents"
 
 
 class Spec(NamedTuple):
@@ -43,12 +56,18 @@ class Spec(NamedTuple):
     k: int
     d_sae: int
     beta: float
+    loss_tokens: int  # 0 of beta 0
     gradient: str  # that it was trained with: full | shuffled | own; of beta 0: ""
 
     def describe(self) -> str:
-        """What sets it apart from others of its kind: "k = 32, β = 3e4"."""
-        kind = "" if self.architecture == "topk" else f"{self.architecture}, "
-        return f"{kind}k = {self.k}, d_sae = {self.d_sae}, β = {format_number(self.beta)}"
+        """What sets it apart from others of its kind: "k = 32, d_sae = 2048, β = 3e4 / 255"."""
+        beta = format_number(self.beta) + (f" / {self.loss_tokens}" if self.loss_tokens else "")
+        return f"k = {self.k}, d_sae = {self.d_sae}, β = {beta}"
+
+    @property
+    def name(self) -> str:
+        """Its architecture, as it is written in words."""
+        return "TopK" if self.architecture == "topk" else self.architecture.replace("_", " ")
 
 
 class Pair(NamedTuple):
@@ -75,13 +94,14 @@ def plan_pairs(evidence: Evidence, rival: str) -> list[Pair]:
     and size.
 
     rival "plain" is trained with beta 0, "label" the same given the gradient at inference,
-    "shuffled" and "own" with another gradient and the same beta. Only seeds that both have count.
+    "shuffled" and "own" with another gradient and the same beta; "random" are directions that no
+    SAE has learned. Only seeds that both have count.
     """
     groups: dict[Spec, dict[Any, str]] = {}
     for name, facts in evidence.saes.items():
         groups.setdefault(_specify(facts), {})[facts.get("seed")] = name
     steered = {
-        (control["of"], control["beta"]): name
+        (control["of"], control["beta"], control.get("loss_tokens") or 0): name
         for name, control in evidence.controls.items()
         if control["of"]
     }
@@ -92,11 +112,16 @@ def plan_pairs(evidence: Evidence, rival: str) -> list[Pair]:
         theirs = groups.get(
             spec._replace(gradient=rival)
             if rival in ("shuffled", "own")
-            else spec._replace(beta=0.0, gradient=""),
+            else spec._replace(beta=0.0, loss_tokens=0, gradient=""),
             {},
         )
+        if rival == "random":
+            theirs = dict.fromkeys(ours, RANDOM)
         if rival == "label":
-            found = {seed: steered.get((name, spec.beta)) for seed, name in theirs.items()}
+            found = {
+                seed: steered.get((name, spec.beta, spec.loss_tokens))
+                for seed, name in theirs.items()
+            }
             theirs = {seed: name for seed, name in found.items() if name}
         seeds = [seed for seed in ours if seed in theirs]
         if seeds:
@@ -105,26 +130,68 @@ def plan_pairs(evidence: Evidence, rival: str) -> list[Pair]:
     return pairs
 
 
-def resample_all(evidence: Evidence) -> dict[Key, Tensor]:
+def resample_all(evidence: Evidence) -> dict[Key, Resampled]:
     """Every figure of every SAE in every resampling."""
-    found: dict[Key, Tensor] = {}
-    n_blocks = {len(sums.rows) for sums in evidence.sums.values()}
-    of_blocks = {n: draw_weights(n, draws=evidence.draws) for n in n_blocks}
-    for (name, mode), sums in evidence.sums.items():
-        weights = of_blocks[len(sums.rows)]
-        found |= {(figure, name, mode): at(sums, weights) for figure, at in RESAMPLE.items()}
+    return _resample_text(evidence) | _resample_activity(evidence) | _resample_steering(evidence)
+
+
+def _resample_text(evidence: Evidence) -> dict[Key, Resampled]:
+    """In the same resamplings of documents for all."""
+    found: dict[Key, Resampled] = {}
+    weights: dict[int, Tensor] = {}
+    for (name, mode), of_blocks in evidence.sums.items():
+        documents = evidence.documents
+        if documents is None:
+            documents = torch.arange(len(of_blocks.rows))
+        sums = Sums(*(sum_by(documents, column) for column in of_blocks))
+        n = len(sums.rows)
+        if n not in weights:
+            weights[n] = draw_weights(n, draws=evidence.draws)
+        for figure, resample in RESAMPLE.items():
+            found[figure, name, mode] = Resampled(resample(sums, weights[n]), f"{n} documents")
+    return found
+
+
+def _resample_activity(evidence: Evidence) -> dict[Key, Resampled]:
+    found: dict[Key, Resampled] = {}
     for seed, (name, modes) in enumerate(evidence.activities.items(), 1):
         for mode, activity in modes.items():
+            units = f"{len(activity.firings)} latents"
             weights = draw_weights(len(activity.firings), draws=evidence.draws, seed=seed)
-            found["dead", name, mode] = resample_mean(_find_dead(activity), weights)
-            found["density", name, mode] = resample_median_live(activity, weights)
-    for seed, name in enumerate(evidence.saes, 1):
-        for figure, column in _STEERING.items():
-            values = _read_steering(evidence, name, column)
-            if len(values):
-                weights = draw_weights(len(values), draws=evidence.draws, seed=seed)
-                found[figure, name, ""] = resample_mean(values, weights)
+            shares = {"dead_held_out": (activity.firings == 0).double()}
+            if activity.n_ends:
+                shares["dead"] = activity.dead_ends.double() / activity.n_ends
+            for figure, values in shares.items():
+                found[figure, name, mode] = Resampled(resample_mean(values, weights), units)
+            density = resample_median_live(activity, weights)
+            found["density", name, mode] = Resampled(density, units)
     return found
+
+
+def _resample_steering(evidence: Evidence) -> dict[Key, Resampled]:
+    found: dict[Key, Resampled] = {}
+    for seed, name in enumerate([*evidence.saes, RANDOM], 1):
+        effects = _read_steering(evidence, name)
+        if len(effects):
+            units = f"{len(effects)} latents"
+            weights = draw_weights(len(effects), draws=evidence.draws, seed=seed)
+            associated, others = (resample_mean(column, weights) for column in effects.T)
+            found["associated", name, ""] = Resampled(associated, units)
+            found["others", name, ""] = Resampled(divide_gain(others, associated), units)
+    return found
+
+
+def divide_gain(
+    others: Float[Tensor, " draws_and_one"], gain: Float[Tensor, " draws_and_one"]
+) -> Float[Tensor, " draws_and_one"]:
+    """What steering does to other tokens for each unit of gain on the associated ones.
+
+    Of no gain it is nothing, NaN; where a resampling has none, no resampling says anything.
+    """
+    ratio = (others / gain).where(gain > 0, torch.nan)
+    if not bool((gain > 0).all()):
+        ratio[1:] = torch.nan
+    return ratio
 
 
 def resample_median_live(
@@ -142,7 +209,8 @@ def resample_median_live(
     below = weights[:, ordered.indices[live]].cumsum(1)
     places = torch.searchsorted(below, below[:, -1:] / 2).squeeze(1)
     frequencies = ordered.values[live].double() / activity.n_rows
-    return frequencies[places.clamp(max=len(frequencies) - 1)]
+    medians = frequencies[places.clamp(max=len(frequencies) - 1)]
+    return medians.where(below[:, -1] > 0, torch.nan)
 
 
 def compare(
@@ -161,7 +229,7 @@ def compare(
     difference = find_interval(mine - other)
     seeds = [(a[0] - b[0]).item() for a, b in zip(ours, theirs, strict=True)]
     side = find_side(difference, seeds)
-    if as_ratio and bool((torch.stack([*theirs]) > 0).all()):
+    if as_ratio and not bool((torch.stack([*theirs]) <= 0).any()):
         ratios = tuple((a[0] / b[0]).item() for a, b in zip(ours, theirs, strict=True))
         return Comparison("ratio", *find_interval(mine / other), ratios, side)
     return Comparison("difference", *difference, tuple(seeds), side)
@@ -193,84 +261,48 @@ def compare_share(
     return Comparison("share", *interval, by_seed, find_side(interval, by_seed, at=0.5))
 
 
-def compare_ratios(
-    ours: Sequence[Interval], theirs: Sequence[Interval] | None = None
+def compare_intervals(
+    intervals: Sequence[Interval], *, measure: str, at: float, by_seed: bool = False
 ) -> Comparison:
-    """Ratios known by their intervals, one per seed, with 1; or with those of another.
-
-    Over seeds the geometric mean. The side is that of 1.
+    """The mean of figures of which the intervals alone are known: of one at several seeds, or at
+    many layers. The side is that of `at`.
     """
-    logs = [_log(ratio) for ratio in ours]
-    if theirs is not None:
-        logs = [subtract_intervals(a, _log(b)) for a, b in zip(logs, theirs, strict=True)]
-    interval = Interval(*map(math.exp, average_intervals(logs)))
-    by_seed = tuple(math.exp(log.value) for log in logs)
-    return Comparison("ratio", *interval, by_seed, find_side(interval, by_seed, at=1.0))
-
-
-def compare_cells(cells: Sequence[Interval], *, at: float, measure: str) -> Comparison:
-    """One figure at many layers (or more finely): the interval of the one in the middle.
-
-    It takes a side if more than half of the cells' intervals lie on that side of `at` and none on
-    the other.
-    """
-    sides = [find_side(cell, at=at) for cell in cells]
-    taken = {side for side in sides if side}
-    decided = len(taken) == 1 and 2 * sum(map(abs, sides)) > len(cells)
-    middle = sorted(cells)[(len(cells) - 1) // 2]
-    # Sides against each other: the claim is of all layers, so it fails.
-    side = taken.pop() if decided else -1 if len(taken) == 2 else 0
-    return Comparison(measure, *middle, (), side)
-
-
-def subtract_intervals(a: Interval, b: Interval) -> Interval:
-    """a - b of independent figures of which the intervals alone are known.
-
-        low  = a - b - sqrt((a - a_low)² + (b_high - b)²)
-        high = a - b + sqrt((a_high - a)² + (b - b_low)²)
-
-    Zou and Donner 2008. Wider than need be where a and b rise and fall together.
-    """
-    value = a.value - b.value
-    low = value - math.hypot(a.value - a.low, b.high - b.value)
-    return Interval(value, low, value + math.hypot(a.high - a.value, b.value - b.low))
+    interval = average_intervals(intervals)
+    seeds = tuple(one.value for one in intervals) if by_seed else ()
+    return Comparison(measure, *interval, seeds, find_side(interval, seeds, at=at))
 
 
 def average_intervals(intervals: Sequence[Interval]) -> Interval:
-    """The mean of independent figures, in the same way."""
-    n = len(intervals)
-    value = math.fsum(interval.value for interval in intervals) / n
-    below = math.hypot(*(interval.value - interval.low for interval in intervals)) / n
-    above = math.hypot(*(interval.high - interval.value for interval in intervals)) / n
-    return Interval(value, value - below, value + above)
+    """The means of the values and of either end.
+
+    What the figures share (text, sequences) does not average out, so each end is as far from the
+    value as the figures' own are: wider than need be where they are independent.
+    """
+    return Interval(*(math.fsum(column) / len(column) for column in zip(*intervals, strict=True)))
+
+
+def divide_intervals(a: Interval, b: Interval) -> Interval:
+    """a / b of positive figures; its ends are quotients of opposite ends, wider than need be."""
+    return Interval(a.value / b.value, a.low / b.high, a.high / b.low)
 
 
 def _share(plain: Tensor, given: Tensor, trained: Tensor) -> Tensor:
     return (plain - given) / (plain - trained)
 
 
-def _log(interval: Interval) -> Interval:
-    return Interval(*map(math.log, interval))
-
-
 def _specify(facts: Mapping[str, Any]) -> Spec:
     beta = float(facts["beta"] or 0)
     gradient = (facts.get("gradient") or "full") if beta else ""
-    return Spec(facts["architecture"], facts["k"], facts["d_sae"], beta, gradient)
+    loss_tokens = (facts.get("loss_tokens") or 0) if beta else 0
+    return Spec(facts["architecture"], facts["k"], facts["d_sae"], beta, loss_tokens, gradient)
 
 
-def _find_dead(activity: Activity) -> Tensor:
-    """By latent: at which part of the ends of batches it was dead, or whether it never fired."""
-    if activity.n_ends:
-        return activity.dead_ends.double() / activity.n_ends
-    return (activity.firings == 0).double()
-
-
-def _read_steering(evidence: Evidence, name: str, column: str) -> Tensor:
-    """One value per latent steered at `alpha`."""
-    values = [
-        row[column]
+def _read_steering(evidence: Evidence, name: str) -> Float[Tensor, "latents 2"]:
+    """`associated` and `others_absolute` of each latent steered at `alpha`."""
+    effects = [
+        (row["associated"], row["others_absolute"])
         for row in evidence.tables.get("steering_latents", ())
         if row["sae"] == name and math.isclose(row["alpha"], evidence.alpha, rel_tol=1e-6)
     ]
-    return torch.tensor([v for v in values if v is not None], dtype=torch.float64)
+    known = [effect for effect in effects if None not in effect]
+    return torch.tensor(known, dtype=torch.float64).view(-1, 2)

@@ -33,7 +33,7 @@ class Control(NamedTuple):
 
     code: SparseAutoencoder | Baseline
     modes: tuple[str, ...]  # in which it is measured; what knows no gradient has one
-    facts: dict[str, Any]  # kind, k, d_sae, beta, of (the SAE it is made from), gradient_seen
+    facts: dict[str, Any]  # kind, k, d_sae, beta, loss_tokens, of (the SAE it is made from)
 
 
 def make_controls(
@@ -132,8 +132,10 @@ def _steer_plain(
             and other.beta
         ]
         for beta, loss_tokens in sorted(set(like)):
-            controls[f"{name} + gradient at beta {format_number(beta)}"] = _control(
-                "gradient at inference only", sae, with_beta(sae, beta, loss_tokens), of=name
+            steered = with_beta(sae, beta, loss_tokens)
+            apart = f" over {loss_tokens} tokens" if len({b for _, b in like}) > 1 else ""
+            controls[f"{name} + gradient at beta {format_number(beta)}{apart}"] = _control(
+                "gradient at inference only", sae, steered, of=name
             )
     return controls
 
@@ -155,4 +157,4 @@ def _control(
     """What is made from an SAE is measured with the gradient alone: without, it is that SAE."""
     modes = MODES[:1] if of else MODES if steered.beta else MODES[1:]
     described = {"kind": kind, "k": plain.k, "d_sae": plain.d_sae, "beta": steered.beta, "of": of}
-    return Control(steered, modes, described | facts)
+    return Control(steered, modes, described | {"loss_tokens": steered.loss_tokens} | facts)

@@ -3,8 +3,9 @@
 A latent's firing frequency is the fraction of the held-out rows that were reconstructed (those
 whose position training did not leave out) on which its value is above zero.
 
-The intervals resample latents: they say how far a figure depends on which latents this SAE happened
-to learn, and nothing about the text, which all SAEs share, or about other seeds.
+The intervals resample latents (there is none of fewer than bootstrap.MIN_UNITS): they say how far
+a figure depends on which latents this SAE happened to learn, and nothing about the text, which all
+SAEs share, or about other seeds.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,8 +30,8 @@ Activities = Mapping[str, Mapping[str, Activity]]  # by SAE and mode
 
 
 def find_frequencies(activity: Activity) -> Float[Tensor, " d_sae"]:
-    """Firings over rows, of each latent."""
-    return activity.firings.double() / activity.n_rows
+    """Firings over rows, of each latent; 0 of no rows."""
+    return activity.firings.double() / max(activity.n_rows, 1)
 
 
 def list_firing_curves(activities: Activities) -> list[dict[str, Any]]:
@@ -109,7 +110,8 @@ def find_median(values: Float[Tensor, " n"], *, draws: int) -> Interval | None:
     # Units are exchangeable, so weights drawn for the values in any order serve the sorted ones.
     below = draw_weights(len(values), draws=draws).cumsum(1)
     half = torch.full((len(below), 1), len(values) / 2, dtype=below.dtype)
-    return find_interval(ordered[torch.searchsorted(below, half).squeeze(1)])
+    medians = ordered[torch.searchsorted(below, half).squeeze(1).clamp(max=len(values) - 1)]
+    return find_interval(medians.double().where(below[:, -1].isfinite(), torch.nan))
 
 
 def _walk(activities: Activities) -> Iterator[tuple[str, str, Activity]]:

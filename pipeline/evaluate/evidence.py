@@ -1,5 +1,6 @@
 """All measurements of one evaluation, each to its table: what the report's exhibits show."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ def list_tables(scene: Scene, config: Config, *, tell: Callable[[str], None]) ->
     for name, measure in _MEASUREMENTS.items():
         tell(name)
         tables |= measure(scene, config)
+    tables = {name: _empty_unknown(rows) for name, rows in tables.items()}
     tables["claims"] = [
         claim._asdict()
         for claim in decide_claims(
@@ -63,10 +65,22 @@ def list_tables(scene: Scene, config: Config, *, tell: Callable[[str], None]) ->
                 tables={name: rows for name, rows in tables.items() if rows},
                 alpha=config.evidence.steering_alpha,
                 draws=draws,
+                documents=measured.documents,
             )
         )
     ]
     return tables
+
+
+def _empty_unknown(rows: Rows) -> Rows:
+    """None in place of what is not finite, as the ends of an interval of too few units."""
+    return [
+        {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        for row in rows
+    ]
 
 
 def list_saes(saes: Mapping[str, Mapping[str, Any]]) -> Rows:
@@ -161,9 +175,11 @@ def _measure_splitting(scene: Scene, config: Config) -> dict[str, Rows]:
 
 
 def _find_live(scene: Scene) -> dict[str, Tensor]:
-    """Which latents of each SAE fired on held-out text, with the gradient: bool [d_sae]."""
+    """Which latents of each SAE fired on held-out text without the gradient, so that what is then
+    measured of them has not seen the label: bool [d_sae].
+    """
     activities = scene.measured.activities
-    return {name: modes[MODES[0]].firings > 0 for name, modes in activities.items()}
+    return {name: modes[MODES[1]].firings > 0 for name, modes in activities.items()}
 
 
 _MEASUREMENTS: dict[str, Callable[[Scene, Config], dict[str, Rows]]] = {

@@ -1,5 +1,6 @@
 """Which SAEs no other of their kind beats on two counts at once (Olmo et al. 2024, Fig. 4)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,8 @@ def list_fronts(saes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Columns: panel, fixed and fixed_value (the k or d_sae that the panel holds), sae, architecture,
     beta, gradient, mode, seed, x, y, y_low, y_high, on_front. L0 is as measured. A front is over
-    all of a kind's seeds. A row without x or y is left out.
+    all of a kind's seeds. A row without a finite x and y is
+    left out.
 
     Differs: the paper does not say which points its fronts are of; ours are of one architecture,
     beta and gradient, with and without the gradient at inference apart.
@@ -56,8 +58,12 @@ def list_fronts(saes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def _place(panel: Panel, sae: Mapping[str, Any]) -> dict[str, Any] | None:
-    if sae.get(panel.x) is None or sae.get(panel.y) is None:
+    if not all(_is_finite(sae.get(axis)) for axis in (panel.x, panel.y)):
         return None
     return {
         "panel": panel.name,

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from pipeline.capture import capture
 from pipeline.corpus.reader import Corpus
+from pipeline.corpus.tokens import find_separator
 from pipeline.errors import CorpusError
 from pipeline.model import LanguageModel
+
+_BLOCKS_AT_ONCE = 4096  # that are read to find where documents begin
 
 
 class HeldOut(NamedTuple):
@@ -101,3 +104,28 @@ def draw_blocks(corpus: Corpus, n_tokens: int | None) -> np.ndarray:
     if n_tokens is None:
         return order
     return order[: int(np.searchsorted(np.cumsum(lengths[order]), n_tokens)) + 1]
+
+
+def label_documents(
+    model: LanguageModel, corpus: Corpus, blocks: np.ndarray
+) -> Int[Tensor, " blocks"]:
+    """The document that each of these held-out blocks begins in, numbered as they are in the split.
+
+    Of packed text it is the number of separators up to the block's first token, so that text whose
+    source gave token ids without any is one document. Otherwise every block is a document's own.
+    """
+    manifest = corpus.manifest
+    if manifest.packing == "per_document":
+        return torch.from_numpy(blocks.astype(np.int64))
+    separator, n_blocks = find_separator(model.bridge.tokenizer), corpus.n_blocks("held_out")
+    begins, counts = [], []
+    for first in range(0, n_blocks, _BLOCKS_AT_ONCE):
+        n = min(_BLOCKS_AT_ONCE, n_blocks - first)
+        tokens = corpus.read_blocks("held_out", first, n).tokens
+        # A block's own tokens of the stream: without bos its last is the next one's first.
+        own = (tokens[:, 1:] if manifest.prepend_bos else tokens[:, :-1]) == separator
+        begins.append(own[:, 0])
+        counts.append(own.sum(1))
+    count = np.concatenate(counts)
+    documents = np.cumsum(count) - count + np.concatenate(begins)
+    return torch.from_numpy(documents[blocks].astype(np.int64))

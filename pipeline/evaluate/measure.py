@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pipeline.capture import capture
@@ -17,7 +17,7 @@ from pipeline.corpus.reader import Corpus
 from pipeline.evaluate.activity import Activity, list_fired
 from pipeline.evaluate.controls import Baseline, Control
 from pipeline.evaluate.faithfulness import MODES, Sums, nmse_per_row
-from pipeline.evaluate.held_out import HeldOut, read_held_out
+from pipeline.evaluate.held_out import HeldOut, draw_blocks, label_documents, read_held_out
 from pipeline.evaluate.patching import Patcher, Reference
 from pipeline.evaluate.scales import NOTHING_SELECTED, ROWS_AT_ONCE, ScaleTotals
 from pipeline.evaluate.summary import describe_model, describe_sae, describe_text, summarise_all
@@ -31,6 +31,7 @@ class Measured(NamedTuple):
     metrics: dict[str, Any]  # as metrics.json has it
     activities: dict[str, dict[str, Activity]]  # by SAE and mode
     sums: dict[tuple[str, str], Sums]  # by SAE or control, and mode
+    documents: Int[Tensor, " blocks"]  # that each block of the sums begins in
 
 
 class Totals:
@@ -123,11 +124,12 @@ def evaluate_saes(
 
     `mean_act` [d_model] is what mean ablation patches in. Losses and KL are means in nats over all
     real held-out rows, NMSE over those whose position training did not leave out. Intervals are
-    those of bootstrap_draws resamplings of blocks. An architecture that selects nothing has None
-    for what beta does, and the same figures in both modes. `controls` are reconstructed and patched
-    in the same way, but not at all positions. SAEs named in `own_loss` select with the gradient of
-    each token's own loss, as they were trained to. Raises CorpusError if fewer than `n_tokens` are
-    held out.
+    those of bootstrap_draws resamplings of blocks, though blocks of one document depend on each
+    other: claims are decided by documents. An architecture that selects nothing has None for what
+    beta does, and the same figures in both modes. `controls` are reconstructed and patched in the
+    same way, but not at all positions. SAEs named in `own_loss` select with the gradient of each
+    token's own loss, as they were trained to. Raises CorpusError if fewer than `n_tokens` are held
+    out.
     """
     controls = controls or {}
     patcher = Patcher(model, hook)
@@ -160,7 +162,8 @@ def evaluate_saes(
         if on_progress:
             on_progress(int(batch.real.sum()))
     about = {"hook": hook, "model": describe_model(model, hook)}
-    return _gather(about, codes, saes, controls, draws=bootstrap_draws)
+    documents = label_documents(model, corpus, draw_blocks(corpus, n_tokens))
+    return _gather(about, codes, saes, controls, documents, draws=bootstrap_draws)
 
 
 def _with_own_grads(model: LanguageModel, batch: HeldOut, hook: str) -> HeldOut:
@@ -174,6 +177,7 @@ def _gather(
     codes: _Pass,
     saes: Mapping[str, SparseAutoencoder],
     controls: Mapping[str, Control],
+    documents: Int[Tensor, " blocks"],
     *,
     draws: int,
 ) -> Measured:
@@ -193,7 +197,7 @@ def _gather(
     figures = summarise_all(sums, fired, ablations, draws=draws)
     metrics = {
         "hook": about["hook"],
-        "model": about["model"] | describe_text(ablations),
+        "model": about["model"] | describe_text(ablations, documents),
         "saes": {
             name: describe_sae(sae)
             | figures[name]
@@ -203,7 +207,7 @@ def _gather(
         "controls": {name: control.facts | figures[name] for name, control in controls.items()},
     }
     activities = {name: {mode: fired[name, mode] for mode in MODES} for name in measured}
-    return Measured(metrics, activities, sums)
+    return Measured(metrics, activities, sums, documents)
 
 
 def reconstruct(

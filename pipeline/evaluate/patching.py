@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pipeline.capture import patched_hidden
-from pipeline.end_to_end import count_lower_blocks, run_upper
-from pipeline.errors import TrainError
 from pipeline.evaluate.held_out import HeldOut
 from pipeline.model import LanguageModel, Unembedding
 from pipeline.model.unembed import reduce_precision
+from pipeline.upper import find_lower_blocks, run_upper
 
 CHUNK_BYTES = 4 * 2**20  # of float32 logits; 4096 rows of 4096 take half as long as at 96 MiB
 
@@ -81,14 +80,6 @@ class Patcher:
             inputs = batch.tokens[:, :-1].masked_fill(~batch.real, 0)
             hidden = run_upper(self.model, inputs, acts, n_lower=self.n_lower)
         return hidden[batch.real]
-
-
-def find_lower_blocks(hook: str) -> int | None:
-    """How many blocks need not run to patch a hook; None where the whole model has to."""
-    try:
-        return count_lower_blocks(hook)
-    except TrainError:
-        return None
 
 
 def make_reference(

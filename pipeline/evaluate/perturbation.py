@@ -17,12 +17,12 @@ from torch import Generator, Tensor
 
 from pipeline.capture import capture, patched_loss
 from pipeline.corpus.reader import Corpus
-from pipeline.end_to_end import run_upper
 from pipeline.errors import CorpusError
-from pipeline.evaluate.bootstrap import draw_weights, find_interval
+from pipeline.evaluate.bootstrap import draw_weights, find_interval, spread_interval
 from pipeline.evaluate.directions import draw_isotropic, read_acts, start_generator
 from pipeline.evaluate.held_out import draw_blocks, read_batches
 from pipeline.model import LanguageModel, name_site, resolve_hooks, row_losses
+from pipeline.upper import run_upper
 
 TOKENS_AT_ONCE = 4096
 HALF_WIDTH = 3**0.5 / 2  # of the norms around their mean 1: their standard deviation is 1/2
@@ -62,14 +62,16 @@ def measure_perturbation(
     draws: int,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """A row per site, layer and size: both correlations, and how far |ΔL| spreads.
+    """A row per site, layer and size: rank correlations of |ΔL|, and how far |ΔL| spreads.
 
     For each of them, every one of n_samples sequences is perturbed once, at a random position that
     training did not leave out: δ is uniform on the sphere in direction, its norm uniform on
     m (1 ± √3/2), of mean m (`norm`) and standard deviation m/2, with m = size x the mean ||x||_2 of
-    the site over those positions. `spread` is log10 of |ΔL|'s 95th over its 5th percentile, over
-    all that differs between samples (text, position, direction, norm); a fixed gradient and norm
-    alone would give 1.5, the ratio of a normal variable's quantiles. `change` is the median |ΔL|.
+    the site over those positions. `rho_steepness` is Spearman(|ΔL|, ||∇L|| ||δ||): that of how
+    steep the loss is at the row, which the norm of δ cannot know, without δ's direction. `spread`
+    is log10 of |ΔL|'s 95th over its 5th percentile; it mixes all that differs between samples
+    (text, position, norm and direction), where a fixed gradient and norm alone would give 1.5, the
+    ratio of a normal variable's quantiles; None where the 5th is 0. `change` is the median |ΔL|.
     Intervals are over sequences, which are of different blocks.
 
     A sequence has `context` tokens, or as many as the corpus's blocks have; there are fewer than
@@ -158,13 +160,13 @@ def perturb(
     norms: Mapping[str, float],
     drawn: Sequence[tuple[Int[Tensor, " settings"], Float[Tensor, "settings d_model"]]],
 ) -> Float[Tensor, "settings effects batch"]:
-    """|ΔL|, |∇L · δ| and ||δ||_2 of each sequence under each setting, float64.
+    """|ΔL|, |∇L · δ|, ||δ||_2 and ||∇L|| ||δ|| of each sequence under each setting, float64.
 
     `drawn` has each sequence's positions and perturbations of mean norm 1.
     """
     captured = capture(model, tokens, sorted({setting.hook for setting in settings}))
     every = torch.arange(len(tokens))
-    effects = torch.empty(len(settings), 3, len(tokens), dtype=torch.float64)
+    effects = torch.empty(len(settings), 4, len(tokens), dtype=torch.float64)
     for s, setting in enumerate(settings):
         at = torch.stack([positions[s] for positions, _ in drawn])
         delta = torch.stack([deltas[s] for _, deltas in drawn])
@@ -175,9 +177,9 @@ def perturb(
         # Differences first: a sum over the sequence would round off what is small.
         change = loss.cpu().double() - captured.loss.cpu().double()
         later = torch.arange(change.shape[1]) >= at[:, None]  # attention is causal
-        slope = (captured.grads[setting.hook][every, at].cpu().double() * delta).sum(-1)
-        changes = (change * later).sum(1)
-        effects[s] = torch.stack([changes.abs(), slope.abs(), delta.norm(dim=-1)])
+        grads, norm = captured.grads[setting.hook][every, at].cpu().double(), delta.norm(dim=-1)
+        changes, slope = (change * later).sum(1), (grads * delta).sum(-1)
+        effects[s] = torch.stack([changes.abs(), slope.abs(), norm, grads.norm(dim=-1) * norm])
     return effects
 
 
@@ -223,26 +225,18 @@ def rank_correlations(
 
 def summarise(
     effects: Float[Tensor, "effects n"], weights: Float[Tensor, "draws_and_one n"]
-) -> dict[str, float]:
-    """One setting's figures, from |ΔL|, |∇L · δ| and ||δ||_2 of its samples."""
-    changes, slopes, sizes = effects
-    gradient = rank_correlations(changes, slopes, weights)
-    norm = rank_correlations(changes, sizes, weights)
+) -> dict[str, float | None]:
+    """One setting's figures, from its samples as `perturb` gives them."""
+    changes = effects[0]
+    gradient, norm, steepness = (rank_correlations(changes, e, weights) for e in effects[1:])
     low, high = torch.quantile(changes, torch.tensor(TAILS, dtype=torch.float64)).tolist()
-    figures: dict[str, float] = {}
-    for name, resampled in (
-        ("rho_gradient", gradient),
-        ("rho_norm", norm),
-        ("rho_difference", gradient - norm),  # paired: of the same resampled sequences
-    ):
-        interval = find_interval(resampled)
-        figures |= {
-            name: interval.value,
-            f"{name}_low": interval.low,
-            f"{name}_high": interval.high,
-        }
-    return figures | {
-        "spread": math.log10(high / low) if low > 0 else math.inf,
+    return {
+        **spread_interval("rho_gradient", find_interval(gradient)),
+        **spread_interval("rho_norm", find_interval(norm)),
+        **spread_interval("rho_steepness", find_interval(steepness)),
+        # Paired: of the same resampled sequences.
+        **spread_interval("rho_difference", find_interval(gradient - norm)),
+        "spread": math.log10(high / low) if low > 0 else None,
         "change": changes.median().item(),
     }
 

@@ -18,7 +18,12 @@ from torch import Generator, Tensor
 from pipeline.capture import capture
 from pipeline.corpus.reader import Corpus
 from pipeline.errors import CorpusError
-from pipeline.evaluate.bootstrap import draw_weights, find_interval, resample_ratio
+from pipeline.evaluate.bootstrap import (
+    draw_weights,
+    find_interval,
+    resample_ratio,
+    spread_interval,
+)
 from pipeline.evaluate.directions import (
     Moments,
     draw_covariance,
@@ -77,7 +82,8 @@ def measure_sensitivity(
     `other_difference` does not. Neither does it say how L is reduced, on which a ratio does not
     depend, nor how many rows it took. Positions that training left out are left out.
 
-    Raises CorpusError if fewer than two held-out blocks have rows.
+    Raises CorpusError if fewer than two held-out blocks have rows, or those set apart have a single
+    row, which has no difference and no covariance.
     """
     hooks = resolve_hooks("resid_post", range(model.facts.n_layers), model.facts)
     order = draw_blocks(corpus, None).tolist()
@@ -88,11 +94,7 @@ def measure_sensitivity(
         exclude_positions=exclude_positions,
         seed=seed,
     )
-    if not sample.measured:
-        raise CorpusError(
-            f"held-out text at {corpus.folder}: expected at least 2 blocks with rows, got "
-            f"{len(sample.reference)}. Make a larger corpus with `pipeline corpus`."
-        )
+    _check_sample(sample, corpus)
     references = read_references(
         model, corpus, sample.reference, hooks, batch_blocks=batch_blocks, seed=seed
     )
@@ -210,25 +212,33 @@ def summarise(
 ) -> dict[str, dict[str, Any]]:
     """A layer's figures by direction, from its sums per block and the blocks' numbers of rows."""
     shared = {"n_rows": int(counts.sum()), "n_blocks": len(counts)}
-    norm = _with_interval("gradient_norm", resample_ratio(sums[:, -1], counts, weights))
     columns = dict(zip(DIRECTIONS, sums.T, strict=False))
+
+    def divide(figure: str, above: Tensor, below: Tensor) -> dict[str, float | None]:
+        return spread_interval(figure, find_interval(resample_ratio(above, below, weights)))
+
+    norm = divide("gradient_norm", sums[:, -1], counts)
     return {
         name: shared
-        | _with_interval("mean", resample_ratio(column, counts, weights))
-        | _with_interval(
-            "ratio_to_isotropic", resample_ratio(column, columns["isotropic"], weights)
-        )
-        | _with_interval(
-            "ratio_to_covariance", resample_ratio(column, columns["covariance"], weights)
-        )
+        | divide("mean", column, counts)
+        | divide("ratio_to_isotropic", column, columns["isotropic"])
+        | divide("ratio_to_covariance", column, columns["covariance"])
         | norm
         for name, column in columns.items()
     }
 
 
-def _with_interval(figure: str, resampled: Tensor) -> dict[str, float]:
-    value, low, high = find_interval(resampled)
-    return {figure: value, f"{figure}_low": low, f"{figure}_high": high}
+def _check_sample(sample: Sample, corpus: Corpus) -> None:
+    n_rows = sum(map(len, sample.reference.values()))
+    if sample.measured and n_rows > 1:
+        return
+    wanted = f"at least 2 blocks with rows, got {len(sample.reference)}"
+    if sample.measured:
+        wanted = f"at least 2 rows in the blocks set apart, got {n_rows}"
+    raise CorpusError(
+        f"held-out text at {corpus.folder}: expected {wanted}. Make a larger corpus with "
+        "`pipeline corpus`, or leave this out with `--set evidence.sensitivity_rows=0`."
+    )
 
 
 def _sum_blocks(

@@ -19,8 +19,14 @@ from torch.nn.functional import normalize
 
 from pipeline.corpus.reader import Corpus
 from pipeline.evaluate.activity import list_fired
-from pipeline.evaluate.bootstrap import draw_weights, find_interval, spread_interval
-from pipeline.evaluate.held_out import HeldOut, draw_blocks, look_at, read_batches
+from pipeline.evaluate.bootstrap import draw_weights, find_interval, spread_interval, sum_by
+from pipeline.evaluate.held_out import (
+    HeldOut,
+    draw_blocks,
+    label_documents,
+    look_at,
+    read_batches,
+)
 from pipeline.evaluate.scales import ROWS_AT_ONCE
 from pipeline.model import LanguageModel
 from pipeline.sae import SparseAutoencoder
@@ -147,16 +153,19 @@ def measure_splitting(
     with d_i the decoder row at unit norm, L the loss summed over the block in nats, and loss_tokens
     the SAE's own setting. gradient_active is the mean over those (i, t) alone where the latent
     fires without the gradient in the selection. ratio is the gradient of the right group over that
-    of the left, ratio_active likewise.
+    of the left, ratio_active likewise; ratio_by_document is the same ratio with the interval that
+    claims are decided by.
 
     The blocks are the first n_blocks of held-out text's fixed random order, or all if there are
-    fewer. Intervals resample blocks, and the latents of each group. With n_latents = 0, and of an
+    fewer. Intervals resample blocks, and the latents of each group; that of ratio_by_document
+    resamples whole documents, and is None of fewer than bootstrap.MIN_UNITS, as the others are of
+    so few blocks or latents. With n_latents = 0, and of an
     SAE with fewer than three live latents, there is no gradient and the ratios are None.
 
     Tables: splitting (sae, bin_low, bin_high, fraction); splitting_gradients (sae, group, n,
     blocks, rows, loss_tokens, cosine_low, cosine_high, gradient and gradient_active with their
-    intervals); splitting_summary (sae, d_sae, live, cosine_q05, cosine_median, cosine_q95, ratio
-    and ratio_active with their intervals).
+    intervals); splitting_summary (sae, d_sae, live, documents, cosine_q05, cosine_median,
+    cosine_q95, ratio, ratio_active and ratio_by_document with their intervals).
 
     Differs: the paper names neither the denominator of the gradient (see loss_tokens), nor whether
     dead latents are in the histogram, nor how its 30 latents were taken from each part of it.
@@ -164,6 +173,7 @@ def measure_splitting(
     picked = {name: pick_latents(sae.W_dec, live[name], n_latents) for name, sae in saes.items()}
     sums: dict[str, list[BlockSums]] = {name: [] for name, it in picked.items() if len(it.latents)}
     order = draw_blocks(corpus, None)[: n_blocks if sums else 0]
+    documents = label_documents(model, corpus, order) if sums else torch.empty(0)
     for tokens, lengths in read_batches(corpus, order, batch_blocks=batch_blocks):
         tokens, lengths = tokens.to(model.device), lengths.to(model.device)
         batch = look_at(model, tokens, lengths, hook, exclude_positions=exclude_positions)
@@ -171,15 +181,18 @@ def measure_splitting(
             sums[name].append(sum_batch(saes[name], batch, picked[name].latents))
     tables = SplittingTables([], [], [])
     for name, sae in saes.items():
-        means = None
+        means = by_document = None
         if sums.get(name):
             total = BlockSums(*(torch.cat(column) for column in zip(*sums[name], strict=True)))
             means = resample_groups(total, draws=draws)
+            whole = BlockSums(*(sum_by(documents, column) for column in total))
+            by_document = resample_groups(whole, draws=draws)
             groups = list_groups(picked[name], total, means, sae.loss_tokens)
             tables.gradients.extend({"sae": name, **group} for group in groups)
         tables.histogram.extend({"sae": name, **bar} for bar in list_bins(picked[name].cosines))
         about = {"sae": name, "d_sae": sae.d_sae, "live": int(live[name].sum())}
-        tables.summary.append(about | summarise(picked[name].cosines, means))
+        about["documents"] = len(documents.unique())
+        tables.summary.append(about | summarise(picked[name].cosines, means, by_document))
     return tables
 
 
@@ -252,16 +265,20 @@ def list_groups(
     ]
 
 
-def summarise(cosines: Float[Tensor, " live"], means: GroupMeans | None) -> dict[str, Any]:
+def summarise(
+    cosines: Float[Tensor, " live"], means: GroupMeans | None, by_document: GroupMeans | None
+) -> dict[str, Any]:
     """Quantiles of the cosines, None of none; and what the right tail's gradient is of the
     left's.
     """
     points = torch.tensor([0.05, 0.5, 0.95], device=cosines.device)
     quantiles = torch.quantile(cosines, points).tolist() if len(cosines) else (None,) * 3
     names = ("cosine_q05", "cosine_median", "cosine_q95")
-    ratios = [find_interval(by[-1] / by[0]) for by in means] if means else (None, None)
+    by_group = (*(means or (None, None)), by_document.gradient if by_document else None)
+    ratios = [None if by is None else find_interval(by[-1] / by[0]) for by in by_group]
     return (
         dict(zip(names, quantiles, strict=True))
         | spread_interval("ratio", ratios[0])
         | spread_interval("ratio_active", ratios[1])
+        | spread_interval("ratio_by_document", ratios[2])
     )

@@ -5,8 +5,7 @@
 <out>/blocks.parquet   sums per held-out block, behind the intervals
 """
 
-import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from pipeline.baselines import fit_pca, read_rows
 from pipeline.config import Config
 from pipeline.corpus.reader import Corpus, open_corpus
 from pipeline.device import pick_device
-from pipeline.errors import PipelineError
+from pipeline.evaluate.association import check_tokens
 from pipeline.evaluate.controls import Control, make_controls
 from pipeline.evaluate.evidence import Scene, list_tables
 from pipeline.evaluate.measure import evaluate_saes, list_blocks
+from pipeline.evaluate.results_folder import replace_results, write_tables
 from pipeline.evaluate.subjects import Subjects, load_subjects
 from pipeline.files import write_json
 from pipeline.model import hash_weights, load_model, locate_checkpoint
@@ -49,19 +49,42 @@ def evaluate_runs(
 
     Returns the metrics. Raises TrainError if a run is incomplete, was not trained from this store
     or does not belong beside the first, StoreMismatch if model or corpus are not those that the
-    store was made from.
+    store was made from, PipelineError if `out` cannot take the measurements.
     """
-    _check_results_folder(out)
+    with replace_results(out) as folder:
+        scene = set_scene(
+            config, run_folders, corpus_folder, store, on_progress=on_progress or _ignore
+        )
+        tables = list_tables(scene, config, tell=tell or _ignore)
+        write_json(folder / "metrics.json", scene.measured.metrics)
+        blocks = pa.Table.from_pylist(list_blocks(scene.measured.sums))
+        pq.write_table(blocks, folder / "blocks.parquet")
+        write_tables(folder, tables)
+    return scene.measured.metrics
+
+
+def set_scene(
+    config: Config,
+    run_folders: Sequence[Path],
+    corpus_folder: Path,
+    store: str | Path | StoreFiles,
+    *,
+    on_progress: Callable[[int], None],
+) -> Scene:
+    """Load all that is measured, check that it belongs together, and measure faithfulness."""
     device = pick_device(config.run.device)
     subjects = load_subjects(run_folders, device=device)
     run = subjects.runs[0]
     files = open_files(store) if isinstance(store, str | Path) else store
     run.check_store(read_manifest(files))
-    opened = open_store(files, hook=run.hook, allow_partial=run.config["train"]["allow_partial"])
+    partial = run.config["train"]["allow_partial"]
+    opened = open_store(files, hook=run.hook, allow_partial=partial)
     checkpoint = locate_checkpoint(config.model.name, config.model.revision)
     corpus = open_corpus(corpus_folder)
     check_origin(opened, config, corpus, checkpoint)
     model = load_model(checkpoint, weight_processing=config.model.weight_processing, device=device)
+    if config.evidence.steering_latents:
+        check_tokens(model, config.evidence.steering_tokens)
     measured = evaluate_saes(
         model,
         corpus,
@@ -77,18 +100,11 @@ def evaluate_runs(
         own_loss=subjects.of_own_loss,
         on_progress=on_progress,
     )
-    metrics = measured.metrics
-    metrics["runs"] = [run.fingerprint_of_config for run in subjects.runs]
-    metrics["model"]["name"] = config.model.name
-    for name, sae in metrics["saes"].items():
+    measured.metrics["runs"] = [run.fingerprint_of_config for run in subjects.runs]
+    measured.metrics["model"]["name"] = config.model.name
+    for name, sae in measured.metrics["saes"].items():
         sae |= subjects.facts[name]
-    scene = Scene(model, corpus, subjects.saes, run.hook, run.exclude_positions, measured)
-    tables = list_tables(scene, config, tell=tell or _ignore)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "metrics.json", metrics)
-    pq.write_table(pa.Table.from_pylist(list_blocks(measured.sums)), out / "blocks.parquet")
-    _write_tables(out, tables)
-    return metrics
+    return Scene(model, corpus, subjects.saes, run.hook, run.exclude_positions, measured)
 
 
 def check_origin(store: ActivationStore, config: Config, corpus: Corpus, checkpoint: Path) -> None:
@@ -127,26 +143,6 @@ def mean_activation(
     rows = store.read_shard(store.present[0], hook)
     kept = ~torch.isin(rows.position, torch.tensor(exclude_positions, dtype=rows.position.dtype))
     return rows.acts[kept].mean(0)
-
-
-def _check_results_folder(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()) and not (out / "saes.csv").is_file():
-        raise PipelineError(
-            f"results at {out}: expected measurements, an empty folder or nothing, got other "
-            "files. Choose another --out."
-        )
-
-
-def _write_tables(out: Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Tables without rows have no file, and those of an earlier measurement go."""
-    for old in out.glob("*.csv"):
-        old.unlink()
-    for name, rows in tables.items():
-        if rows:
-            with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
 
 
 def _ignore(*_: object) -> None:

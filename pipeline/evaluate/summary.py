@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor
 
 from pipeline.evaluate.activity import Activity
-from pipeline.evaluate.bootstrap import draw_weights, find_interval
+from pipeline.evaluate.bootstrap import draw_weights, find_interval, spread_interval
 from pipeline.evaluate.faithfulness import RESAMPLE, Sums, ce_recovered, loss_added
 from pipeline.model import LanguageModel
 from pipeline.sae import SparseAutoencoder
@@ -43,13 +44,22 @@ def describe_sae(sae: SparseAutoencoder) -> dict[str, Any]:
     }
 
 
-def describe_text(ablations: Mapping[str, Sums]) -> dict[str, Any]:
-    """How much text there is, and the model's mean loss on it as it is and under each ablation."""
+def describe_text(
+    ablations: Mapping[str, Sums], documents: Int[Tensor, " blocks"]
+) -> dict[str, Any]:
+    """How much text there is, of how many documents, and the model's mean loss on it as it is and
+    under each ablation.
+    """
     rows, own = ablations["zero"].rows, ablations["zero"].loss
-    return {"tokens": int(rows.sum()), "loss": _mean_per_row(own, rows)} | {
-        f"loss_{name}_ablation": _mean_per_row(sums.patched_loss, rows)
-        for name, sums in ablations.items()
-    }
+    counts = {"tokens": int(rows.sum()), "documents": len(documents.unique())}
+    return (
+        counts
+        | {"loss": _mean_per_row(own, rows)}
+        | {
+            f"loss_{name}_ablation": _mean_per_row(sums.patched_loss, rows)
+            for name, sums in ablations.items()
+        }
+    )
 
 
 def summarise_all(
@@ -75,11 +85,11 @@ def summarise_all(
 def _summarise(sums: Sums, ablated: Mapping[str, float], weights: Tensor) -> dict[str, Any]:
     own, patched = _mean_per_row(sums.loss, sums.rows), _mean_per_row(sums.patched_loss, sums.rows)
     everywhere = loss_added(own, _mean_per_row(sums.loss_all_positions, sums.rows))
-    found = {name: find_interval(resample(sums, weights)) for name, resample in RESAMPLE.items()}
+    figures: dict[str, Any] = {}
+    for name, resample in RESAMPLE.items():
+        figures |= spread_interval(name, find_interval(resample(sums, weights)))
     return {
-        **{name: interval.value for name, interval in found.items()},
-        **{f"{name}_low": interval.low for name, interval in found.items()},
-        **{f"{name}_high": interval.high for name, interval in found.items()},
+        **figures,
         "nmse_squared": _mean_per_row(sums.nmse_squared, sums.patched_rows),
         "loss": patched,
         "loss_added_all_positions": None if math.isnan(everywhere) else everywhere,

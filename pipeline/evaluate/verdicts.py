@@ -1,5 +1,6 @@
 """A claim and its verdict."""
 
+import math
 from typing import Literal, NamedTuple
 
 from pipeline.evaluate.comparisons import Comparison
@@ -19,6 +20,7 @@ class Claim(NamedTuple):
     value: float | None
     low: float | None  # of the 95% interval
     high: float | None
+    units: str  # what the interval resamples, and how many there are: "40 documents"
     n_seeds: int | None  # that value is over; None where SAEs have no part in it
     seeds_low: float | None  # the smallest and largest seed's own value
     seeds_high: float | None
@@ -36,10 +38,15 @@ def make_claim(
     measure: str,
     compared: Comparison | None,
     wanted: Side,
+    units: str = "",
     paper: str = "",
     sees_label: bool = False,
 ) -> Claim:
-    """The claim with its verdict; `measure` says of what, `compared` None: nothing to compare."""
+    """The claim with its verdict; `measure` says of what, `compared` None: nothing to compare. So
+    it is where the value is not finite; an interval that is not known decides nothing.
+    """
+    if compared and not math.isfinite(compared.value):
+        compared = None
     by_seed = compared.by_seed if compared else ()
     return Claim(
         id=id,
@@ -48,15 +55,20 @@ def make_claim(
         comparison=comparison,
         measure=f"{compared.measure} of {measure}" if compared else measure,
         value=compared.value if compared else None,
-        low=compared.low if compared else None,
-        high=compared.high if compared else None,
+        low=_if_finite(compared.low) if compared else None,
+        high=_if_finite(compared.high) if compared else None,
+        units=units,
         n_seeds=len(by_seed) or None,
-        seeds_low=min(by_seed, default=None),
-        seeds_high=max(by_seed, default=None),
+        seeds_low=_if_finite(min(by_seed, default=None)),
+        seeds_high=_if_finite(max(by_seed, default=None)),
         paper=paper,
         sees_label=sees_label,
         verdict=give_verdict(compared.side, wanted) if compared else "not measured",
     )
+
+
+def _if_finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def give_verdict(side: int, wanted: Side) -> Verdict:

@@ -12,16 +12,18 @@ from typing import Any, NamedTuple, get_args
 import jinja2
 
 from pipeline.config import Architecture
+from pipeline.errors import PipelineError
 from pipeline.files import write_text
 from pipeline.report import facts, tables
 from pipeline.report.charts import History, chart_betas, chart_modes, chart_training, share_keys
-from pipeline.report.exhibits import read_tables, show_exhibits
+from pipeline.report.exhibits import read_tables, refuse_damage, show_exhibits
 from pipeline.report.exhibits.claims import show_claims
 from pipeline.report.exhibits.exhibit import Tables
 from pipeline.report.exhibits.scaling import relate_models
 from pipeline.report.figures import draw_key, series_style
 from pipeline.report.inputs import (
     check_fingerprint,
+    check_models,
     check_runs,
     is_placed,
     link_tables,
@@ -29,6 +31,7 @@ from pipeline.report.inputs import (
     read_history,
     read_json,
     read_manifest,
+    read_metrics,
 )
 
 
@@ -53,6 +56,7 @@ def build_report(
     versions: Mapping[str, str] | None = None,
     evidence: Tables | None = None,
     links: Mapping[str, str] | None = None,
+    results_folder: Path | None = None,
 ) -> str:
     """The page as HTML.
 
@@ -60,10 +64,15 @@ def build_report(
     each SAE's history.parquet, `store` and `corpus` their manifests, or None where they are no
     longer there. `evidence` are evaluation's tables by name, and `links` where the page finds the
     files of some of them. All text is escaped; missing and non-finite numbers are shown as a dash.
+
+    Raises PipelineError, naming `results_folder`, where a table's columns or values are not those
+    that evaluation writes.
     """
     saes = _order(metrics["saes"])
     controls = _list_controls(metrics)
     styles = {name: series_style(i) for i, name in enumerate([*saes, *controls])}
+    with refuse_damage("claims", results_folder):
+        claims = show_claims(evidence or {})
     return _load_template().render(
         title=f"gsae-pipeline report: {profile}",
         summary=_summarise(metrics, config, histories),
@@ -71,8 +80,8 @@ def build_report(
         more=tables.build_table(saes, tables.MORE, styles),
         scales=tables.build_table(saes, tables.scale_columns(list(saes.values())), styles),
         controls=tables.build_table(controls, tables.CONTROLS, styles),
-        claims=show_claims(evidence or {}),
-        exhibits=show_exhibits(evidence or {}, styles),
+        claims=claims,
+        exhibits=show_exhibits(evidence or {}, styles, results_folder),
         links=dict(links or {}),
         styles={name: styles[name] for name in saes},
         training=chart_training(saes, histories, styles),
@@ -109,13 +118,15 @@ def write_report(
     `beside` the results of other models, for the figure that compares them.
 
     Raises PipelineError, naming the file and the command that makes it, if measurements, the run's
-    settings or a history are missing or unreadable, or if they belong to different runs. A store
-    or corpus that is no longer there is left out of the page.
+    settings or a history are missing, unreadable or damaged, if they belong to different runs, if
+    `beside` repeats a model's results, or if `out` cannot be written. A store or corpus that is no
+    longer there is left out of the page.
     """
-    metrics = read_json(results_folder / "metrics.json", "measurements", "pipeline evaluate")
-    others = [read_json(f / "metrics.json", "measurements", "pipeline evaluate") for f in beside]
     runs = [run_folder, *more_runs]
     configs = [read_json(folder / "config.json", "run", "pipeline train") for folder in runs]
+    results = [read_metrics(folder) for folder in (results_folder, *beside)]
+    metrics = results[0]
+    check_models([results_folder, *beside], results)
     config = configs[0]
     store = read_manifest(store_folder, "store", "pipeline cache")
     corpus = read_manifest(corpus_folder, "corpus", "pipeline corpus")
@@ -127,7 +138,8 @@ def write_report(
     evidence = read_tables(results_folder)
     links = link_tables(evidence, results_folder, out)
     if beside or is_placed(metrics["model"]):
-        evidence = {**evidence, "scaling": relate_models([metrics, *others])}
+        with refuse_damage("scaling", ", ".join(map(str, (results_folder, *beside)))):
+            evidence = {**evidence, "scaling": relate_models(results)}
     page = build_report(
         profile=profile,
         metrics=metrics,
@@ -138,9 +150,24 @@ def write_report(
         versions=config.get("versions"),
         evidence=evidence,
         links=links,
+        results_folder=results_folder,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page)
+    _write_page(out, page)
+
+
+def _write_page(out: Path, page: str) -> None:
+    problem = "a folder" if out.is_dir() else None
+    try:
+        if problem is None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_text(out, page)
+    except OSError as error:
+        problem = error.strerror
+    if problem:
+        raise PipelineError(
+            f"page at {out}: expected a place where a file can be written, got {problem}. Choose "
+            "another with `pipeline report --out`."
+        )
 
 
 def _order(saes: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,6 +12,13 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import PipelineError
 from pipeline.report.charts import History
+
+_OBJECTS = (  # of an SAE or control in metrics.json
+    *("with_gradient", "without_gradient"),
+    *("selection_overlap_at", "gradient_weight", "latent_gradient"),
+)
+_NUMBERS = ("k", "beta", "d_sae", "seed")
+_MODEL_NUMBERS = ("tokens", "n_layers", "layer", "d_model", "n_parameters")
 
 
 def read_json(path: Path, what: str, command: str) -> dict[str, Any]:
@@ -23,6 +30,48 @@ def read_json(path: Path, what: str, command: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise _unreadable(what, path, command, f"a {type(content).__name__}")
     return content
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """A folder's metrics.json; raises PipelineError unless it has the shape that evaluation gives
+    it.
+    """
+    path = folder / "metrics.json"
+    metrics = read_json(path, "measurements", "pipeline evaluate")
+    fault = next(_list_faults(metrics), None)
+    if fault:
+        raise _unreadable("measurements", path, "pipeline evaluate", fault)
+    return metrics
+
+
+def _list_faults(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """What is of another type than it should be; only the first is told for certain."""
+    for key in ("model", "saes"):
+        if not isinstance(metrics.get(key), dict):
+            yield _name_fault(key, metrics.get(key))
+    if not isinstance(metrics.get("runs") or [], list):
+        yield _name_fault("runs", metrics["runs"])
+    yield from _list_wrong(metrics["model"], _MODEL_NUMBERS, int | float, "model")
+    for group in ("saes", "controls", "baselines"):
+        members = metrics.get(group) or {}
+        yield from _list_wrong({group: members}, (group,), dict)
+        for name, facts in members.items():
+            if not isinstance(facts, dict):
+                yield _name_fault(f"{group}.{name}", facts)
+            yield from _list_wrong(facts, _OBJECTS, dict, f"{group}.{name}")
+            yield from _list_wrong(facts, _NUMBERS, int | float, f"{group}.{name}")
+
+
+def _list_wrong(
+    facts: Mapping[str, Any], keys: Iterable[str], wanted: Any, where: str = ""
+) -> Iterator[str]:
+    for key in keys:
+        if facts.get(key) is not None and not isinstance(facts[key], wanted):
+            yield _name_fault(f"{where}.{key}".lstrip("."), facts[key])
+
+
+def _name_fault(key: str, value: Any) -> str:
+    return f"no {key}" if value is None else f"{key} of type {type(value).__name__}"
 
 
 def read_manifest(folder: Path, what: str, command: str) -> dict[str, Any] | None:
@@ -48,6 +97,20 @@ def check_runs(metrics: Mapping[str, Any], runs: Sequence[Path], results_folder:
             f"{', '.join(map(str, runs))} ({_shorten(found)}), got another run's "
             f"({_shorten(measured)}). Run `pipeline evaluate`."
         )
+
+
+def check_models(folders: Sequence[Path], results: Sequence[Mapping[str, Any]]) -> None:
+    """Raise PipelineError if two results are the same ones, or measure the same runs."""
+    seen: dict[str, Path] = {}
+    for folder, metrics in zip(folders, results, strict=True):
+        runs = metrics.get("runs") or [metrics.get("run")]
+        measured = str((metrics["model"].get("name"), metrics.get("hook"), runs))
+        if measured in seen:
+            raise PipelineError(
+                f"measurements at {folder}: expected others than those at {seen[measured]}, got "
+                "the same model, hook and runs. Name each once with `pipeline report --beside`."
+            )
+        seen[measured] = folder
 
 
 def _shorten(fingerprints: Sequence[str | None]) -> str:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import Config, load_config
-from pipeline.evaluate import evaluate_run
+from pipeline.evaluate import evaluate_runs
 from pipeline.training import plan_training, run_training
 from store import plan_stream, stream_batches
 from store.layout import ShardSpec
@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     folder = arguments.folder
-    config = load_config(PROFILE, {"train.seeds": arguments.seeds})
+    nothing = ("sensitivity_rows", "perturbation_samples", "steering_latents", "splitting_latents")
+    changes = {"train.seeds": arguments.seeds, "train.gradients": ["cached"]}
+    config = load_config(PROFILE, changes | {f"evidence.{key}": 0 for key in nothing})
     source = _cache_source(folder)
     plans = {
         f"{numbers}-{compression}": _respell(source.spec, numbers, compression)
@@ -121,9 +123,9 @@ def _train_all(config: Config, folder: Path) -> dict[str, list[tuple[str, float,
 def _train(config: Config, folder: Path, numbers: str) -> list[tuple[str, float, float]]:
     store, run, out = folder / f"formats/{numbers}-none-0", folder / f"runs/{numbers}", folder
     run_training(plan_training(config.train, store), config.train, run, device="cpu", provenance={})
-    metrics = evaluate_run(
+    metrics = evaluate_runs(
         config,
-        run_folder=run,
+        run_folders=[run],
         corpus_folder=folder / "data",
         store=store,
         out=out / f"results/{numbers}",

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.evaluate.association import associate, read_direct_map
-from pipeline.evaluate.steering import look_at_sequences, steer
+from pipeline.evaluate.pushes import look_at_sequences, steer
 from pipeline.model import LanguageModel, load_model, locate_checkpoint
 
 HOOK, LAYER = "blocks.7.hook_resid_post", 7

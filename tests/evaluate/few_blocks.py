@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ class FewBlocks(Corpus):
         tokens = rng.integers(VOCAB, size=(len(lengths), CONTEXT + 1), dtype=np.int32)
         object.__setattr__(self, "blocks", Blocks(tokens, np.array(lengths, np.int32)))
         object.__setattr__(self, "folder", Path("few-blocks"))
+        object.__setattr__(self, "manifest", SimpleNamespace(packing="per_document"))
 
     def lengths(self, split: str) -> np.ndarray:
         assert split == "held_out"

@@ -7,18 +7,21 @@ import pytest
 import torch
 
 from pipeline.evaluate.bootstrap import (
+    MIN_UNITS,
     Interval,
     draw_weights,
     find_interval,
     resample_mean,
     resample_ratio,
+    spread_interval,
+    sum_by,
 )
 from pipeline.evaluate.comparisons import (
     average_intervals,
     compare,
-    compare_ratios,
+    compare_intervals,
+    divide_intervals,
     find_side,
-    subtract_intervals,
 )
 
 
@@ -46,10 +49,13 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 
 
 def test_a_mean_per_token_weighs_blocks_by_their_tokens():
-    weights = draw_weights(2, draws=100)
-    resampled = resample_ratio(torch.tensor([10.0, 90.0]), torch.tensor([10.0, 30.0]), weights)
+    weights = draw_weights(8, draws=100)
+    sums, rows = torch.tensor([10.0, 90.0]).repeat(4), torch.tensor([10.0, 30.0]).repeat(4)
+    resampled = resample_ratio(sums, rows, weights)
     assert resampled[0].item() == pytest.approx(2.5)
-    assert {round(value, 6) for value in resampled.tolist()} == {1.0, 2.5, 3.0}
+    light = weights[:, ::2].sum(1)
+    expected = (10 * light + 90 * (8 - light)) / (10 * light + 30 * (8 - light))
+    torch.testing.assert_close(resampled, expected)
 
 
 def test_constant_values_have_an_interval_of_no_width():
@@ -71,47 +77,72 @@ def test_what_blocks_share_cancels_in_a_paired_difference():
     ours = resample_mean(shared + 0.05 * own - 0.1, weights)
     theirs = resample_mean(shared, weights)
     paired = compare([ours], [theirs])
-    apart = subtract_intervals(find_interval(ours), find_interval(theirs))
+    apart = find_interval(ours - theirs[torch.cat([torch.tensor([0]), torch.randperm(400) + 1])])
     assert paired.side == -1
     assert find_side(apart) == 0
     assert apart.high - apart.low > 10 * (paired.high - paired.low)
     assert paired.value == pytest.approx(apart.value)
 
 
-def test_independent_normal_intervals_add_in_quadrature():
-    found = subtract_intervals(Interval(5, 2, 8), Interval(1, -3, 5))
-    assert found == pytest.approx((4, -1, 9))
-    skew = subtract_intervals(Interval(5, 4, 8), Interval(1, 1, 5))
-    assert skew == pytest.approx((4, 4 - math.hypot(1, 4), 7))
-    assert average_intervals([Interval(5, 2, 8), Interval(1, -3, 5)]) == pytest.approx(
-        (3, 0.5, 5.5)
-    )
+def test_intervals_average_as_if_all_were_of_one_text():
+    found = average_intervals([Interval(5, 2, 8), Interval(1, -3, 5)])
+    assert found == pytest.approx((3, -0.5, 6.5))
 
 
-def test_the_difference_of_independent_means_is_covered_as_often_as_said():
+def test_the_mean_of_seeds_of_one_text_is_covered_as_often_as_said():
+    """What the text does to every seed alike does not average out."""
     generator = torch.Generator().manual_seed(1)
     weights = draw_weights(60, draws=300)
     covered = 0
-    for _ in range(300):
-        a, b = torch.randn(2, 60, generator=generator).double().exp()
-        found = subtract_intervals(
-            find_interval(resample_mean(a, weights)), find_interval(resample_mean(2 * b, weights))
+    for _ in range(200):
+        shared = torch.randn(60, generator=generator).double()
+        seeds = [shared + torch.randn(60, generator=generator).double() / 3 for _ in range(4)]
+        found = compare_intervals(
+            [find_interval(resample_mean(seed, weights)) for seed in seeds],
+            measure="difference",
+            at=0.0,
+            by_seed=True,
         )
-        covered += found.low < -(math.exp(0.5)) < found.high
-    assert 0.88 < covered / 300 < 0.985
+        covered += found.low < 0 < found.high
+    assert 0.91 < covered / 200 < 0.995
 
 
-def test_ratios_are_compared_by_their_logarithms():
-    twice = Interval(2.0, 1.5, 8 / 3)
-    alone = compare_ratios([twice])
-    assert alone[:4] == ("ratio", pytest.approx(2), pytest.approx(1.5), pytest.approx(8 / 3))
-    assert alone.side == 1
-    same = compare_ratios([twice], [twice])
-    assert (same.value, same.side) == (pytest.approx(1), 0)
-    width = math.sqrt(2) * math.log(4 / 3)
-    assert (same.low, same.high) == pytest.approx((math.exp(-width), math.exp(width)))
-    seeds = compare_ratios([twice, Interval(0.5, 0.4, 0.6)])
-    assert (seeds.value, seeds.by_seed) == (pytest.approx(1), pytest.approx((2, 0.5)))
+def test_ratios_divide_by_opposite_ends():
+    ratio = divide_intervals(Interval(2, 1.5, 3), Interval(1, 0.5, 2))
+    assert ratio == pytest.approx((2, 0.75, 6))
+    found = compare_intervals([ratio], measure="ratio", at=1.0, by_seed=True)
+    assert (found[:4], found.by_seed, found.side) == (("ratio", *ratio), (2,), 0)
+    above = compare_intervals([Interval(2, 1.5, 3)] * 2, measure="ratio", at=1.0)
+    assert (above.by_seed, above.side) == ((), 1)
+
+
+def test_ten_units_are_enough_and_few_decide_nothing():
+    generator = torch.Generator().manual_seed(0)
+    weights = draw_weights(10, draws=400)
+    covered = 0
+    for _ in range(400):
+        interval = find_interval(
+            resample_mean(torch.randn(10, generator=generator).double(), weights)
+        )
+        covered += interval.low < 0 < interval.high
+    assert 0.85 < covered / 400 < 0.97
+    for n in (1, MIN_UNITS - 1):
+        weights = draw_weights(n, draws=50)
+        assert torch.equal(weights[0], torch.ones(n).double())
+        ours, theirs = (resample_mean(torch.full((n,), x), weights) for x in (3.0, 1.0))
+        interval = find_interval(ours)
+        assert interval.value == 3
+        assert math.isnan(interval.low)
+        assert math.isnan(interval.high)
+        assert spread_interval("it", interval) == {"it": 3, "it_low": None, "it_high": None}
+        assert [compare([ours], [theirs], as_ratio=ratio).side for ratio in (True, False)] == [0, 0]
+        assert compare([ours], [theirs], as_ratio=True).value == 3
+    assert math.isfinite(find_interval(resample_mean(torch.ones(8), draw_weights(8, draws=9))).low)
+
+
+def test_sums_by_label():
+    values = torch.tensor([[1.0, 10], [2, 20], [4, 40]])
+    assert sum_by(torch.tensor([7, 3, 7]), values).tolist() == [[2, 20], [5, 50]]
 
 
 def test_a_ratio_is_given_only_over_what_is_surely_positive():

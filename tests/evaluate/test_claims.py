@@ -13,6 +13,7 @@ from pipeline.evaluate.activity import Activity
 from pipeline.evaluate.claims import decide_claims
 from pipeline.evaluate.comparisons import Evidence, plan_pairs
 from pipeline.evaluate.faithfulness import MODES, Sums
+from pipeline.evaluate.steering import RANDOM
 from pipeline.evaluate.verdicts import Claim
 
 N_BLOCKS = 60
@@ -71,6 +72,7 @@ def test_nothing_measured_says_so_of_every_claim():
     claims = decide_claims(Evidence({}, {}, {}, {}, {}, alpha=1.0, draws=DRAWS))
     assert [claim.id for claim in claims] == [
         "dead",
+        "dead_shuffled",
         "loss_added",
         "shuffled",
         "own",
@@ -79,11 +81,17 @@ def test_nothing_measured_says_so_of_every_claim():
         "nmse",
         "kl",
         "steering",
+        "steering_shuffled",
+        "steering_random",
         "steering_others",
         "density",
+        "density_shuffled",
         "splitting",
         "splitting_topk",
+        "splitting_shuffled",
         "sensitivity_isotropic",
+        "sensitivity_isotropic",
+        "sensitivity_covariance",
         "sensitivity_covariance",
         "perturbation",
     ]
@@ -205,21 +213,43 @@ def steer(name: str, associated: Tensor, alpha: float = 1.0) -> list[dict[str, A
 
 def test_steering_is_a_ratio_at_one_length():
     effect = torch.rand(50, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.1
+    saes = PAIR | {"shuffled": make_facts(beta=3e4, gradient="shuffled")}
     rows = [
         *steer("g", 3 * effect),
         *steer("plain", effect),
+        *steer("shuffled", 3 * effect.flip(0)),
         *steer("g", -effect, alpha=2.0),
-        *steer("random directions", 9 * effect),
+        *steer(RANDOM, 9 * effect),
     ]
-    claims = decide_claims(make_evidence(PAIR, {}, tables={"steering_latents": rows}))
-    claim, others = pick(claims, "steering"), pick(claims, "steering_others")
-    assert claim.value == pytest.approx(3)
-    assert claim.low < 3 < claim.high
-    assert claim.measure.startswith("ratio of")
-    assert (claim.verdict, others.verdict) == ("holds", "holds")
-    assert not claim.sees_label
+    claims = decide_claims(make_evidence(saes, {}, tables={"steering_latents": rows}))
+    ids = ("steering", "steering_shuffled", "steering_random", "steering_others")
+    steering, shuffled, random, others = (pick(claims, id) for id in ids)
+    assert steering.value == pytest.approx(3)
+    assert steering.low < 3 < steering.high
+    assert steering.measure.startswith("ratio of")
+    assert (steering.paper, steering.units) == ("over 5", "50 latents")
+    assert not steering.sees_label
+    assert random.value == pytest.approx(1 / 3)
+    verdicts = [claim.verdict for claim in (steering, shuffled, random, others)]
+    assert verdicts == ["holds", "not decided", "does not hold", "holds"]
+    mean = effect.mean().item()
+    assert others.value == pytest.approx((2 - 3 * mean) / (3 * mean) / ((2 - mean) / mean))
+    assert "exactly the negative" in others.statement
+    assert others.paper == ""
     longer = decide_claims(make_evidence(PAIR, {}, tables={"steering_latents": rows}, alpha=2.0))
     assert pick(longer, "steering").verdict == "not measured"  # of TopK
+
+
+def test_what_no_gain_spills_over_is_not_measured():
+    rows = [*steer("g", -torch.ones(20)), *steer("plain", torch.ones(20))]
+    claims = decide_claims(make_evidence(PAIR, {}, tables={"steering_latents": rows}))
+    assert pick(claims, "steering_others").verdict == "not measured"
+    sometimes = torch.linspace(-1, 1.2, 20)
+    rows = [*steer("g", sometimes), *steer("plain", torch.ones(20))]
+    claims = decide_claims(make_evidence(PAIR, {}, tables={"steering_latents": rows}))
+    claim = pick(claims, "steering_others")
+    assert (claim.verdict, claim.low) == ("not decided", None)
+    assert claim.value == pytest.approx((2 - 0.1) / 0.1, rel=1e-5)
 
 
 def make_activity(frequencies: Tensor, n_rows: int = 1000) -> Activity:
@@ -237,10 +267,13 @@ def test_dead_latents_and_density_come_from_the_firings():
         "plain": dict.fromkeys(MODES, dense),
     }
     claims = decide_claims(make_evidence(PAIR, {}, activities=activities))
-    dead, density = (pick(claims, id, WITHOUT) for id in ("dead", "density"))
+    dead, density = (pick(claims, id, WITH) for id in ("dead", "density"))
     assert dead.value == pytest.approx(0.2 - 0.6)
-    assert dead.paper == "−0.09 (0.34 against 0.43)"
+    assert dead.measure == "difference of the fraction of latents that fire on no held-out row"
+    assert (dead.paper, dead.units) == ("", "200 latents")
     assert density.value == pytest.approx(0.055 / 0.3, rel=0.02)
+    assert density.paper.startswith("0.56")
+    assert pick(claims, "density", WITHOUT).paper == ""
     assert (dead.verdict, density.verdict) == ("holds", "holds")
     # Two samples of 200 latents, as the normal approximation has it.
     error = 1.96 * math.sqrt((0.2 * 0.8 + 0.6 * 0.4) / 200)
@@ -250,8 +283,98 @@ def test_dead_latents_and_density_come_from_the_firings():
     assert pick(claims, "dead", WITH).verdict == "does not hold"
 
 
-def spread(name: str, value: float, low: float, high: float) -> dict[str, float]:
+def test_dead_as_the_paper_has_it_where_there_is_text_enough(monkeypatch):
+    monkeypatch.setattr("pipeline.evaluate.activity.DEAD_WINDOW_ROWS", 1000)
+    frequencies = torch.linspace(0.01, 0.5, 50)
+    activities = {"g": dict.fromkeys(MODES, make_activity(frequencies))}
+    activities["plain"] = dict.fromkeys(MODES, make_activity(frequencies.clamp(min=0.2) - 0.2))
+    claims = decide_claims(make_evidence(PAIR, {}, activities=activities))
+    claim = pick(claims, "dead", WITH)
+    assert claim.measure == "difference of the fraction of dead latents"
+    assert claim.paper == "−0.09 (0.34 against 0.43)"
+    assert pick(claims, "dead", WITHOUT).paper == ""
+    for changes in ({"k": 8}, {"architecture": "batch_topk"}):
+        saes = {name: facts | changes for name, facts in PAIR.items()}
+        claims = decide_claims(make_evidence(saes, {}, activities=activities))
+        assert pick(claims, "dead", WITH).paper == pick(claims, "density", WITH).paper == ""
+    assert "against batch topk" in pick(claims, "dead", WITH).comparison
+
+
+def test_latents_that_never_fire_have_no_density():
+    activities = {
+        "g": dict.fromkeys(MODES, make_activity(torch.zeros(20))),
+        "plain": dict.fromkeys(MODES, make_activity(torch.full((20,), 0.1))),
+    }
+    claim = pick(decide_claims(make_evidence(PAIR, {}, activities=activities)), "density")
+    assert (claim.verdict, claim.value, claim.low) == ("not measured", None, None)
+    assert Activity(4).l0 is None
+
+
+def test_blocks_of_a_document_are_not_independent():
+    """Noise that documents share: over blocks nearly everything is decided, over documents it is
+    wrong about as often as 5% intervals are.
+    """
+    documents = torch.arange(12).repeat_interleave(30)
+    by_block = by_document = 0
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        noise = 0.1 * torch.randn(12, generator=generator).double()[documents]
+        rows = torch.full((360,), 100.0).double()
+        ours, theirs = (
+            Sums(rows, rows, rows, rows * (2 + own), rows, rows, rows, rows)
+            for own in (noise, torch.zeros(360).double())
+        )
+        evidence = make_evidence(PAIR, {"g": ours, "plain": theirs})
+        together = evidence._replace(documents=documents)
+        (alone, whole) = (
+            pick(decide_claims(each), "loss_added", WITH) for each in (evidence, together)
+        )
+        assert alone.value == pytest.approx(whole.value)
+        assert whole.high - whole.low > 3 * (alone.high - alone.low)
+        assert (alone.units, whole.units) == ("360 documents", "12 documents")
+        by_block += alone.verdict != "not decided"
+        by_document += whole.verdict != "not decided"
+    assert by_block > 20
+    assert by_document < 8
+
+
+@pytest.mark.parametrize("n", [1, 7, 8])
+def test_few_documents_decide_nothing(n):
+    documents = torch.arange(N_BLOCKS) % n
+    evidence = make_evidence(PAIR, {"g": 0.05, "plain": 0.10}, documents=documents)
+    claim = pick(decide_claims(evidence), "loss_added", WITH)
+    assert claim.value == pytest.approx(-0.05)
+    assert claim.verdict == ("holds" if n >= 8 else "not decided")
+    assert (claim.low is None) == (claim.high is None) == (n < 8)
+    assert claim.units == f"{n} documents"
+
+
+def test_weights_of_other_losses_are_other_saes():
+    saes = {
+        "plain": make_facts(loss_tokens=255),
+        "g": make_facts(beta=3e4, loss_tokens=255),
+        "h": make_facts(beta=3e4, loss_tokens=8160),
+    }
+    controls = {
+        name: {"of": "plain", "beta": 3e4, "loss_tokens": n}
+        for name, n in (("short", 255), ("long", 8160))
+    }
+    evidence = make_evidence(saes, {}, controls=controls)
+    assert [(pair.ours, pair.theirs) for pair in plan_pairs(evidence, "plain")] == [
+        (("g",), ("plain",)),
+        (("h",), ("plain",)),
+    ]
+    assert [pair.theirs for pair in plan_pairs(evidence, "label")] == [("short",), ("long",)]
+    assert len({pair.spec.describe() for pair in plan_pairs(evidence, "plain")}) == 2
+
+
+def spread(name: str, value: float, low: float | None, high: float | None) -> dict[str, Any]:
     return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
+def split(sae: str, *ratio: float | None) -> dict[str, Any]:
+    value, low, high = ratio
+    return {"sae": sae, "documents": 9, **spread("ratio_by_document", value or 0.0, low, high)}
 
 
 @pytest.mark.parametrize(
@@ -261,18 +384,34 @@ def spread(name: str, value: float, low: float, high: float) -> dict[str, float]
         ((1.4, 1.3, 1.5), (1.35, 1.2, 1.5), ("holds", "not decided")),
         ((0.8, 0.7, 0.9), (1.1, 1.0, 1.2), ("does not hold", "does not hold")),
         ((1.1, 0.9, 1.3), (1.1, 1.0, 1.2), ("not decided", "not decided")),
+        ((1.4, None, None), (1.05, 1.0, 1.1), ("not decided", "not decided")),
     ],
 )
 def test_the_gradient_by_tail(ours, theirs, verdicts):
-    rows = [
-        {"sae": "g", **spread("ratio", *ours)},
-        {"sae": "plain", **spread("ratio", *theirs)},
-    ]
-    claims = decide_claims(make_evidence(PAIR, {}, tables={"splitting_summary": rows}))
-    found = pick(claims, "splitting"), pick(claims, "splitting_topk")
-    assert tuple(claim.verdict for claim in found) == verdicts
+    saes = PAIR | {"other": make_facts(beta=3e4, gradient="shuffled")}
+    rows = [split("g", *ours), split("plain", *theirs), split("other", *theirs)]
+    claims = decide_claims(make_evidence(saes, {}, tables={"splitting_summary": rows}))
+    ids = ("splitting", "splitting_topk", "splitting_shuffled")
+    found = [pick(claims, id) for id in ids]
+    assert [claim.verdict for claim in found] == [*verdicts, verdicts[1]]
     assert found[0].value == pytest.approx(ours[0])
-    assert found[1].value == pytest.approx(ours[0] / theirs[0])
+    assert found[1].value == found[2].value == pytest.approx(ours[0] / theirs[0])
+    assert [bool(claim.paper) for claim in found] == [True, True, False]
+    assert found[0].units.startswith("9 documents")
+
+
+def test_the_gradient_by_tail_over_seeds():
+    saes = {f"{name}{seed}": PAIR[name] | {"seed": seed} for name in PAIR for seed in (0, 1)}
+    rows = [split("g0", 1.4, 1.2, 1.6), split("plain0", 1, 1, 1), split("plain1", 1, 1, 1)]
+    for second, verdict in (((1.6, 1.2, 2.0), "holds"), ((0.9, 0.8, 1.0), "not decided")):
+        table = [*rows, split("g1", *second)]
+        claims = decide_claims(make_evidence(saes, {}, tables={"splitting_summary": table}))
+        for claim in (pick(claims, id) for id in ("splitting", "splitting_topk")):
+            assert claim.verdict == verdict
+            assert claim.n_seeds == 2
+            assert {claim.seeds_low, claim.seeds_high} == {1.4, second[0]}
+            ends = [(1.4 + second[0]) / 2, (1.2 + second[1]) / 2, (1.6 + second[2]) / 2]
+            assert [claim.value, claim.low, claim.high] == pytest.approx(ends)
 
 
 def layer(at: int, value: float, direction: str = "difference") -> dict[str, Any]:
@@ -281,44 +420,52 @@ def layer(at: int, value: float, direction: str = "difference") -> dict[str, Any
         for name in ("isotropic", "covariance")
     )
     first, second = ratios
-    return {"layer": at, "direction": direction, **first, **second}
+    return {"layer": at, "direction": direction, "n_blocks": 40, **first, **second}
 
 
 @pytest.mark.parametrize(
     ("ratios", "verdict"),
     [
         ([0.5, 0.5, 0.5, 1.3, 1.4, 1.5], "holds"),  # layers below 3 do not count
-        ([1.5, 1.5, 1.5, 1.3, 1.05, 1.5], "holds"),  # most decide, and all of those agree
-        ([1.5, 1.5, 1.5, 1.3, 1.05, 1.05], "not decided"),  # too few decide
-        ([1.5, 1.5, 1.5, 1.3, 0.8, 1.5], "does not hold"),  # they disagree
+        ([1.5, 1.5, 1.5, 1.3, 1.05, 1.5], "holds"),
+        ([1.5, 1.5, 1.5, 1.1, 1.05, 1.05], "not decided"),
+        ([1.5, 1.5, 1.5, 1.9, 0.8, 1.6], "holds"),  # one against the others moves the mean alone
         ([1.5, 1.5, 1.5, 0.7, 0.8, 0.8], "does not hold"),
     ],
 )
-def test_sensitivity_is_decided_over_layers(ratios, verdict):
+def test_sensitivity_is_decided_by_the_mean_over_layers(ratios, verdict):
     rows = [layer(i, value) for i, value in enumerate(ratios)]
     rows += [layer(i, 9.0, "isotropic") for i in range(6)]
+    rows += [layer(i, 0.5, "other_difference") for i in range(6)]
     claims = decide_claims(make_evidence({}, {}, tables={"sensitivity": rows}))
-    claim = pick(claims, "sensitivity_covariance")
-    assert claim.verdict == verdict
-    assert claim.value == sorted(ratios[3:])[1]
+    claim, other = (claim for claim in claims if claim.id == "sensitivity_covariance")
+    assert (claim.verdict, other.verdict) == (verdict, "does not hold")
+    mean = sum(ratios[3:]) / 3
+    assert (claim.value, claim.low, claim.high) == pytest.approx((mean, mean - 0.1, mean + 0.1))
+    n = sum(value > 1.1 for value in ratios[3:])
+    assert f"higher in {n}, lower in" in claim.comparison
     assert " of 3 layers from 3 on" in claim.comparison
+    assert claim.units == "40 blocks"
 
 
 @pytest.mark.parametrize(
-    ("gradient", "norm", "verdict"),
-    [(0.9, 0.3, "holds"), (0.3, 0.9, "does not hold"), (0.5, 0.5, "not decided")],
+    ("differences", "verdict"),
+    [
+        ([0.6, 0.6, 0.6, 0.6], "holds"),
+        ([0.6, 0.6, 0.6, -0.2], "holds"),
+        ([-0.6, -0.6, 0.1, 0.2], "does not hold"),
+        ([0.1, 0.1, -0.1, 0.0], "not decided"),
+    ],
 )
-def test_perturbation_compares_two_correlations(gradient, norm, verdict):
-    rows = [
-        spread("rho_gradient", gradient, gradient - 0.1, gradient + 0.05)
-        | spread("rho_norm", norm, norm - 0.1, norm + 0.1)
-        for _ in range(4)
-    ] + [spread("rho_gradient", 0.1, 0.0, 0.2) | {"rho_norm": None}]
+def test_perturbation_compares_paired_correlations(differences, verdict):
+    rows = [{"n": 30, **spread("rho_difference", x, x - 0.1, x + 0.05)} for x in differences]
+    rows.append({"n": 30, **spread("rho_difference", math.nan, None, None)})
     claim = pick(
         decide_claims(make_evidence({}, {}, tables={"perturbation": rows})), "perturbation"
     )
     assert claim.verdict == verdict
-    assert claim.value == pytest.approx(gradient - norm)
+    assert claim.value == pytest.approx(sum(differences) / 4)
+    assert " of 4 sites" in claim.comparison
 
 
 def test_claims_are_rows_of_a_table():

@@ -50,15 +50,15 @@ def test_curves_are_quantiles_of_the_frequencies():
 
 
 def test_medians_over_live_latents_and_over_all():
-    (row, other) = measure_medians(make_activities(), {"it": 4}, draws=200)
-    assert (row["sae"], row["mode"], row["k"], row["live"]) == ("it", "with_gradient", 4, 5)
+    (row, other) = measure_medians(make_activities(FIRINGS * 2), {"it": 4}, draws=200)
+    assert (row["sae"], row["mode"], row["k"], row["live"]) == ("it", "with_gradient", 4, 10)
     assert other == row | {"mode": "without_gradient"}
     assert (row["median_live"], row["median_all"]) == pytest.approx((0.2, 0.1))
     assert 0.05 <= row["median_live_low"] < 0.2 < row["median_live_high"] <= 1
     assert 0 <= row["median_all_low"] < 0.1 < row["median_all_high"] <= 1
 
 
-@pytest.mark.parametrize("n", [1, 4, 7])
+@pytest.mark.parametrize("n", [8, 11, 14])
 def test_medians_of_resamplings_equal_those_of_lists(n):
     values = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     weights = draw_weights(n, draws=50)
@@ -73,6 +73,22 @@ def test_medians_of_resamplings_equal_those_of_lists(n):
     assert found == pytest.approx((medians[0], *ends.tolist()))
 
 
+def test_few_latents_have_no_interval():
+    rows = measure_medians(make_activities(), {"it": 4}, draws=20)
+    rows += measure_dead(make_activities(), {"it": 4}, draws=20)
+    for row in rows:
+        ends = [value for key, value in row.items() if key.endswith(("_low", "_high"))]
+        assert set(ends) == {None}
+    assert rows[0]["median_live"] == 0.2
+
+
+def test_no_row_at_all_is_no_firing():
+    activities = {"it": {"without_gradient": Activity(9)}}
+    (row,) = measure_medians(activities, {"it": 4}, draws=20)
+    assert (row["live"], row["median_all"], row["median_live"]) == (0, 0, None)
+    assert {row["firing_frequency"] for row in list_firing_curves(activities)} == {0}
+
+
 def test_no_live_latent_has_no_median():
     (row, _) = measure_medians(make_activities((0, 0, 0)), {"it": 1}, draws=10)
     assert (row["live"], row["median_live"], row["median_live_low"]) == (0, None, None)
@@ -84,7 +100,7 @@ def test_dead_latents_by_both_counts(monkeypatch):
     are dead at 75 and 100, those that never fire at all three.
     """
     monkeypatch.setattr(activity_module, "DEAD_WINDOW_ROWS", 50)
-    activities = make_activities()
+    activities = make_activities(FIRINGS * 2)
     (row, other) = measure_dead(activities, {"it": 4}, draws=500)
     at_50, at_75, at_100 = 2, 5, 6  # the latent that fires on rows 0 to 49 is dead at 100
     expected = (at_50 + at_75 + at_100) / 3 / 7

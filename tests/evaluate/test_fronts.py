@@ -1,5 +1,6 @@
 """Pareto fronts against brute force, and which SAEs are compared."""
 
+import math
 from typing import Any
 
 import pytest
@@ -99,7 +100,10 @@ def test_intervals_are_taken_along_where_there_are_some():
         "l0_nmse": (0.9 / 32, 1.1 / 32),
         "l0_loss": (None, None),
     }
-    assert list_fronts([make_sae(32, 512, 0.5) | {"loss_added": None, "nmse": None}]) == []
+    for unknown in (None, math.nan, math.inf):
+        assert (
+            list_fronts([make_sae(32, 512, 0.5) | {"loss_added": unknown, "nmse": unknown}]) == []
+        )
 
 
 def test_another_sae_has_other_fronts():

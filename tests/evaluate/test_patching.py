@@ -5,8 +5,9 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, linear
 
 from pipeline.evaluate.held_out import read_held_out
-from pipeline.evaluate.patching import Patcher, compare_rows, find_lower_blocks, make_reference
+from pipeline.evaluate.patching import Patcher, compare_rows, make_reference
 from pipeline.model import Unembedding, load_model
+from pipeline.upper import find_lower_blocks
 from tests.checkpoints import save_gpt2
 from tests.evaluate.few_blocks import CONTEXT, VOCAB, FewBlocks
 

@@ -1,16 +1,13 @@
 """Perturbations against whole runs of the model in float64, and rank correlations against ranks."""
 
 import math
+from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
 
 from pipeline.errors import CorpusError, ModelError
-from pipeline.evaluate import perturbation
+from pipeline.evaluate import bootstrap, perturbation
 from pipeline.evaluate.bootstrap import draw_weights
 from pipeline.evaluate.directions import start_generator
 from pipeline.evaluate.perturbation import (
@@ -21,19 +18,28 @@ from pipeline.evaluate.perturbation import (
     measure_perturbation,
     perturb,
     plan_settings,
-    rank_correlations,
     summarise,
 )
 from pipeline.model import LanguageModel, load_model
 from pipeline.report.exhibits.perturbation import show_perturbation
+from pipeline.report.tables import minus
 from tests.checkpoints import save_gpt2, save_neox
 from tests.evaluate.few_blocks import CONTEXT, VOCAB, FewBlocks, WholeRun
+from tests.evaluate.test_rank_correlations import slow_rho
 
 N_BLOCKS, N_LAYERS, D_MODEL = 6, 3, 16
 LENGTHS = (CONTEXT,) * N_BLOCKS
 EXCLUDE = (0, 5)
 SIZES = (0.03, 0.3)
 SHORT = 8  # rows of a sequence, fewer than a block has
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_units() -> Iterator[None]:
+    """Intervals of a handful of sequences too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bootstrap, "MIN_UNITS", 1)
+        yield
 
 
 class Model:
@@ -75,7 +81,9 @@ def numbers(rows):
 def slow_effects(
     model: LanguageModel, corpus: FewBlocks, blocks: list[int], setting: Setting, s: int, n: int
 ) -> tuple[float, list[list[float]]]:
-    """The site's mean norm, and |ΔL|, |∇L · δ|, ||δ|| of each sequence, one whole run at a time."""
+    """The site's mean norm, and each sequence's |ΔL|, |∇L · δ|, ||δ|| and ||∇L|| ||δ||, one whole
+    run at a time.
+    """
     free = [position for position in range(SHORT) if position not in EXCLUDE]
     runs = [WholeRun(model, corpus.blocks.tokens[block], SHORT) for block in blocks]
     looks = [run.look_at(setting.hook) for run in runs]
@@ -87,8 +95,8 @@ def slow_effects(
         position, delta = int(positions[s]), deltas[s] * setting.size * mean
         before = run.add(setting.hook, position, torch.zeros_like(delta))
         change = run.add(setting.hook, position, delta) - before
-        slope = (grads[position] @ delta).item()
-        effects.append([abs(change), abs(slope), delta.norm().item()])
+        slope, norm = (grads[position] @ delta).item(), delta.norm().item()
+        effects.append([abs(change), abs(slope), norm, grads[position].norm().item() * norm])
     return mean, effects
 
 
@@ -116,9 +124,10 @@ def test_every_effect_equals_whole_runs_in_float64(model):
         assert (row["site"], row["layer"], row["size"]) == setting
         assert row["norm"] == pytest.approx(setting.size * norm, rel=1e-5)
         assert torch.allclose(effects[s].T, torch.tensor(slow).double(), rtol=1e-3, atol=2e-5)
-        changes, slopes, sizes = (list(column) for column in zip(*slow, strict=True))
+        changes, slopes, sizes, steep = (list(column) for column in zip(*slow, strict=True))
         assert row["rho_gradient"] == pytest.approx(slow_rho(changes, slopes))
         assert row["rho_norm"] == pytest.approx(slow_rho(changes, sizes))
+        assert row["rho_steepness"] == pytest.approx(slow_rho(changes, steep))
         assert row["rho_difference"] == pytest.approx(row["rho_gradient"] - row["rho_norm"])
         assert row["change"] == pytest.approx(sorted(changes)[(N_BLOCKS - 1) // 2], rel=1e-2)
         assert (row["n"], row["context"]) == (N_BLOCKS, SHORT)
@@ -204,67 +213,31 @@ def test_norms_are_uniform_around_their_mean():
     assert positions.unique().tolist() == [1, 4]
 
 
-def slow_ranks(values: list[float]) -> list[float]:
-    """Places from 1 in the sorted list; equal values share the mean of theirs."""
-    places = [[i + 1 for i, v in enumerate(sorted(values)) if v == value] for value in values]
-    return [sum(place) / len(place) for place in places]
-
-
-def slow_rho(a: list[float], b: list[float]) -> float:
-    return float(np.corrcoef(slow_ranks(a), slow_ranks(b))[0, 1])
-
-
-pairs = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=12).filter(
-    lambda drawn: all(len(set(column)) > 1 for column in zip(*drawn, strict=True))
-)
-
-
-@given(pairs, st.integers(0, 1000))
-def test_rank_correlations_equal_the_definition_in_every_resampling(drawn, seed):
-    a, b = (list(map(float, column)) for column in zip(*drawn, strict=True))
-    weights = draw_weights(len(a), draws=3, seed=seed)
-    found = rank_correlations(as_tensor(a), as_tensor(b), weights)
-    for counts, rho in zip(weights.long().tolist(), found.tolist(), strict=True):
-        resampled = [
-            [value for value, count in zip(column, counts, strict=True) for _ in range(count)]
-            for column in (a, b)
-        ]
-        if any(len(set(column)) == 1 for column in resampled):
-            assert math.isnan(rho)
-        else:
-            assert rho == pytest.approx(slow_rho(*resampled), abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("b", "rho"),
-    [
-        ([1.0, 10, 100, 1e6], 1),  # the order alone counts
-        ([4.0, 3, 2, 1], -1),
-        ([1.0, 1, 2, 2], 4 / math.sqrt(20)),
-    ],
-)
-def test_known_rank_correlations(b, rho):
-    found = rank_correlations(as_tensor([1.0, 2, 3, 4]), as_tensor(b), torch.ones(1, 4).double())
-    assert found.item() == pytest.approx(rho)
-
-
-def as_tensor(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def test_a_loss_that_is_its_gradient_and_no_function_of_the_norm():
     generator = start_generator(0)
     slopes = torch.rand(200, generator=generator).double() * 4 - 2  # in decades
     norms = torch.rand(200, generator=generator).double()
-    figures = summarise(
-        torch.stack([2 * 10**slopes, 10**slopes, norms]), draw_weights(200, draws=200)
-    )
+    effects = torch.stack([2 * 10**slopes, 10**slopes, norms, -slopes])
+    figures = summarise(effects, draw_weights(200, draws=200))
     assert figures["rho_gradient"] == pytest.approx(1)
     assert figures["rho_gradient_low"] == pytest.approx(1)
     assert figures["rho_norm_low"] < 0 < figures["rho_norm_high"]
+    assert figures["rho_steepness_high"] == pytest.approx(-1)
     assert figures["rho_difference_low"] > 0.5
     assert figures["spread"] == pytest.approx(0.9 * 4, abs=0.2)
     assert figures["change"] == pytest.approx(2, rel=0.5)
+
+
+def test_what_cannot_be_said_is_missing():
+    effects = torch.rand(4, 50, generator=start_generator(0)).double()
+    effects[0, :10] = 0.0  # a fifth of the perturbations change nothing
+    effects[2] = 1.0  # all norms are one
+    figures = summarise(effects, draw_weights(50, draws=20))
+    assert [name for name, value in figures.items() if value is None] == [
+        *("rho_norm", "rho_norm_low", "rho_norm_high"),
+        *("rho_difference", "rho_difference_low", "rho_difference_high"),
+        "spread",
+    ]
 
 
 def test_the_exhibit_has_a_chart_and_a_table_per_site(gpt2):
@@ -287,6 +260,8 @@ def test_the_exhibit_has_a_chart_and_a_table_per_site(gpt2):
             f"layer {layer}, {size}" for layer in (0, 2) for size in SIZES
         ]
     assert f"{rows[0]['rho_gradient']:.2f}" in exhibit.figures[0].rows[0][2]
+    steepness = exhibit.figures[0].columns.index("‖∇L‖ ‖δ‖")
+    assert minus(f"{rows[0]['rho_steepness']:.2f}") in exhibit.figures[0].rows[0][steepness]
     assert "6 held-out sequences of 8 tokens" in exhibit.protocol
     assert exhibit.data == ("perturbation",)
 

@@ -1,12 +1,13 @@
 """Directional derivatives against differences of the loss itself, and where the answer is known."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from pipeline.errors import CorpusError
-from pipeline.evaluate import sensitivity
+from pipeline.evaluate import bootstrap, sensitivity
 from pipeline.evaluate.bootstrap import draw_weights
 from pipeline.evaluate.directions import (
     Moments,
@@ -36,6 +37,14 @@ LENGTHS = (12, 7, 12, 1, 9, 12)
 EXCLUDE = (0, 5)
 N_LAYERS, D_MODEL = 2, 16
 STEP = 1e-5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_units() -> Iterator[None]:
+    """Intervals of a handful of blocks too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bootstrap, "MIN_UNITS", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +133,20 @@ def test_as_many_rows_as_there_are(model):
 def test_one_block_with_rows_is_too_few(model):
     with pytest.raises(CorpusError, match="at least 2 blocks with rows, got 1"):
         measure(model, lengths=(12, 1))
+
+
+def test_one_row_is_no_reference(model):
+    with pytest.raises(CorpusError, match="at least 2 rows in the blocks set apart, got 1"):
+        measure(model, lengths=(2, 2, 2))  # position 0 does not count
+
+
+def test_a_ratio_to_nothing_is_missing():
+    sums = torch.ones(4, len(DIRECTIONS) + 1, dtype=torch.float64)
+    sums[:, DIRECTIONS.index("covariance")] = 0.0
+    figures = summarise(sums, torch.full((4,), 3.0), draw_weights(4, draws=20))["difference"]
+    assert figures["ratio_to_covariance"] is None
+    assert figures["ratio_to_covariance_low"] is None
+    assert figures["ratio_to_isotropic"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ from tests.checkpoints import save_gpt2
 from tests.evaluate.few_blocks import CONTEXT, VOCAB, FewBlocks, WholeRun
 
 HOOK = "blocks.1.hook_resid_post"
-LENGTHS = (12, 7, 12, 2, 9)
+LENGTHS = (12, 7, 12, 2, 9, 12, 3, 8)
 EXCLUDE = (0, 5)
-D_MODEL, D_SAE, N = 16, 24, 4
+D_MODEL, D_SAE, N = 16, 40, 8
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_bins_hold_every_cosine_once(values):
 def test_gradients_equal_those_of_whole_runs(model):
     sae = make_sae()
     sae.W_dec.data *= torch.linspace(0.5, 2, D_SAE)[:, None]  # lengths must not matter
-    live = torch.arange(D_SAE) % 5 > 0
+    live = torch.arange(D_SAE) % 10 > 0
     tables = measure(model, sae, live)
     latents = live.nonzero().squeeze(1)
     nearest = slow_nearest(sae.W_dec[latents])
@@ -162,6 +162,26 @@ def test_gradients_equal_those_of_whole_runs(model):
         assert summary[f"{key}_low"] < summary[key] < summary[f"{key}_high"]
 
 
+def test_the_ratio_of_documents_resamples_them_whole(model, monkeypatch):
+    """Where each block is a document it is the ratio of blocks; of fewer documents it says less,
+    and of one nothing.
+    """
+    ends = {}
+    for n in (8, 1):
+
+        def label(_, __, order, n=n):
+            return torch.from_numpy(order) % n
+
+        monkeypatch.setattr(splitting, "label_documents", label)
+        (row,) = measure(model, make_sae()).summary
+        assert row["documents"] == n
+        assert row["ratio_by_document"] == pytest.approx(row["ratio"])
+        ends[n] = row["ratio_by_document_low"], row["ratio_by_document_high"]
+        assert row["ratio_low"] < row["ratio"] < row["ratio_high"]
+    assert ends[1] == (None, None)
+    assert None not in ends[8]
+
+
 def test_as_many_blocks_as_asked_for(model):
     rows = measure(model, make_sae(), n_blocks=2).gradients
     assert {row["blocks"] for row in rows} == {2}
@@ -181,9 +201,9 @@ def test_resampling_varies_with_blocks_and_with_latents():
     """Ones everywhere leave nothing to vary; equal blocks leave the latents, equal latents the
     blocks.
     """
-    ones = torch.ones(5, 6, dtype=torch.float64)
-    by_block = torch.arange(1.0, 6)[:, None] * ones
-    by_latent = torch.tensor([1.0, 2, 3, 3, 2, 1]) * ones
+    ones = torch.ones(8, 24, dtype=torch.float64)
+    by_block = torch.arange(1.0, 9)[:, None] * ones
+    by_latent = torch.tensor([*range(1, 9), *[3.0] * 8, *range(9, 1, -1)]) * ones
     spreads = []
     for totals in (ones, by_block, by_latent):
         means = resample_groups(BlockSums(totals, ones, totals, ones), draws=100)
@@ -196,7 +216,7 @@ def test_resampling_varies_with_blocks_and_with_latents():
     assert min(blocks[:3]) > 0.3
     assert blocks[3] == pytest.approx(0)  # what blocks share cancels in the ratio
     assert min(latents[0], latents[2], latents[3]) > 0.1
-    assert latents[1] == pytest.approx(0)  # two equal latents
+    assert latents[1] == pytest.approx(0)  # equal latents
 
 
 @pytest.mark.parametrize(("n_latents", "n_live"), [(0, D_SAE), (N, 2), (N, 1), (N, 0)])
@@ -236,7 +256,7 @@ def test_a_random_sae_changes_the_tables_and_all_is_finite(model, tmp_path):
     assert gradients[0] == "it"
     assert len(gradients) == 5
     assert f"{1e5 * one.gradients[0]['gradient']:.3g}"[:3] == gradients[1][:3]
-    assert "5 held-out blocks" in exhibit.protocol
+    assert "8 held-out blocks" in exhibit.protocol
 
 
 def test_the_exhibit_without_gradients(model):

@@ -1,6 +1,7 @@
 """Steering against whole runs of the model, one latent and one sequence at a time."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.corpus.reader import Blocks, Corpus
-from pipeline.errors import CorpusError
-from pipeline.evaluate import steering
+from pipeline.errors import ConfigError, CorpusError
+from pipeline.evaluate import bootstrap, pushes, steering
 from pipeline.evaluate.association import associate, read_direct_map
-from pipeline.evaluate.steering import (
-    RANDOM,
-    draw_sequences,
-    look_at_sequences,
-    measure_steering,
-    steer,
-    steering_effect,
-)
+from pipeline.evaluate.pushes import look_at_sequences, steer, steering_effect
+from pipeline.evaluate.steering import RANDOM, draw_sequences, measure_steering
 from pipeline.model import LanguageModel, load_model
+from pipeline.report.exhibits.series import format_interval
 from pipeline.report.exhibits.steering import estimate_density, show_steering
 from pipeline.report.figures import series_style
+from pipeline.report.tables import format_short
 from pipeline.sae import TopKSAE, init_weights
 from tests.checkpoints import save_gpt2, save_llama
 
@@ -49,6 +46,14 @@ class FewBlocks(Corpus):
     def read_blocks(self, split: str, first: int, n: int) -> Blocks:
         assert split == "held_out"
         return Blocks(*(column[first : first + n] for column in self.blocks))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_units() -> Iterator[None]:
+    """Intervals of a handful of latents too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bootstrap, "MIN_UNITS", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +111,8 @@ def test_the_direct_map_is_the_checkpoint_s_own_weights_folded_and_centred(check
         for row, tokens in zip(rows, associate(rows, direct, 5).tolist(), strict=True):
             scores = [float(row @ expected[:, v]) for v in range(VOCAB)]
             assert tokens == sorted(range(VOCAB), key=lambda v: -scores[v])[:5]
-    assert not torch.equal(
-        associate(rows, loaded.unembedding.weight.T, 5), associate(rows, 0 - direct, 5)
-    )
+    raw = load_model(checkpoint, weight_processing="raw").unembedding.weight.T
+    assert not torch.equal(associate(rows, raw, 5), associate(rows, direct, 5))
 
 
 def test_rms_norm_keeps_the_mean_over_the_model_s_width(tmp_path):
@@ -130,8 +134,8 @@ def test_an_effect_by_hand():
 
 @pytest.mark.parametrize("site", ["resid_post", "resid_pre", "mlp_out", "attn_out", "resid_mid"])
 def test_batched_steering_equals_a_whole_run_per_latent_and_sequence(model, site, monkeypatch):
-    monkeypatch.setattr(steering, "_ROWS_AT_ONCE", 2 * 3 * CONTEXT)
-    monkeypatch.setattr(steering, "_CPU_ROWS", 4)
+    monkeypatch.setattr(pushes, "_ROWS_AT_ONCE", 2 * 3 * CONTEXT)
+    monkeypatch.setattr(pushes, "_CPU_ROWS", 4)
     hook, length = f"blocks.1.hook_{site}", 3.0
     at = hook.replace("resid_mid", "attn_out")  # what is added to the one is added to the other
     tokens, directions = draw_tokens(3), draw_directions(5)
@@ -232,6 +236,23 @@ def test_saes_without_a_live_latent_have_no_row_and_short_text_is_an_error(model
         measure(model, saes, n_sequences=5)
 
 
+def test_decoder_rows_of_zeros_are_not_steered(model):
+    sae = make_sae(0)
+    sae.W_dec.data[2:28] = 0.0
+    tables = measure(model, {"it": sae})
+    rows = [row for row in tables["steering_latents"] if row["sae"] == "it"]
+    assert {row["latent"] for row in rows} == {28, 29}
+    assert all(math.isfinite(row["associated"]) for row in rows)
+    assert [row["n_latents"] for row in tables["steering"] if row["sae"] == "it"] == [2, 2]
+    sae.W_dec.data[:] = 0.0
+    assert {row["sae"] for row in measure(model, {"it": sae})["steering"]} == {RANDOM}
+
+
+def test_more_associated_tokens_than_the_vocabulary_has(model):
+    with pytest.raises(ConfigError, match=f"expected fewer than the {VOCAB} tokens of .*, got 64"):
+        measure(model, {"it": make_sae(0)}, n_tokens=VOCAB)
+
+
 def test_a_density_integrates_to_one_and_peaks_where_the_values_are():
     values = [*np.random.default_rng(0).normal(3, 0.5, 200), 9.0]
     points = estimate_density(values, n_points=400)
@@ -239,24 +260,28 @@ def test_a_density_integrates_to_one_and_peaks_where_the_values_are():
     assert np.trapezoid(y, x) == pytest.approx(1, abs=0.01)
     assert x[y.argmax()] == pytest.approx(3, abs=0.3)
     assert estimate_density([0.25] * 5) == []  # of no width
+    assert estimate_density([*values, math.nan], n_points=400) == points
+    assert estimate_density([math.nan]) == []
 
 
 def test_the_exhibit_draws_what_was_measured(model):
     saes = {"topk-k4-beta0": make_sae(0), "topk-k4-beta1e4": make_sae(1)}
     tables: dict[str, Any] = measure(model, saes)
-    tables["saes"] = [
-        {"sae": name, "architecture": "topk", "k": 4, "beta": beta, "d_sae": D_SAE, "seed": 0}
-        for name, beta in zip(saes, (0.0, 1e4), strict=True)
-    ]
     styles = {name: series_style(i) for i, name in enumerate(saes)}
     exhibit = show_steering(tables, styles)
     assert exhibit is not None
     assert len(exhibit.charts) == 4
     for chart in exhibit.charts:
         assert [key.label for key in chart.keys] == [*saes, RANDOM]
-    by_name = {row["sae"]: row["associated"] for row in tables["steering"] if row["alpha"] == 2}
-    ratio = by_name["topk-k4-beta1e4"] / by_name["topk-k4-beta0"]
-    assert exhibit.figures[1].rows[0][-1] == f"{ratio:.2f}".replace("-", "−")
+    (table,) = exhibit.figures
+    (row,) = (r for r in tables["steering"] if (r["sae"], r["alpha"]) == ("topk-k4-beta1e4", 2))
+    assert table.rows[1][2] == format_interval(row, "associated", format_short)
+    assert " to " in table.rows[1][2]
     assert "3 held-out sequences" in exhibit.protocol
+    assert "fired on held-out text without the gradient" in exhibit.protocol
+    gaps = [row | {"associated": None, "associated_low": None} for row in tables["steering"]]
+    shown = show_steering(tables | {"steering": gaps}, styles)
+    assert shown is not None
+    assert shown.figures[0].rows[0][2] == "–"
     assert show_steering({}, styles) is None
     assert show_steering({"steering": []}, styles) is None

@@ -12,12 +12,13 @@ def show(*rows):
 
 def test_claims_are_counted():
     holds, fails, open_ = "holds", "does not hold", "not decided"
-    assert count_claims([[holds], [holds, holds], [holds, open_], [fails], [open_, fails], []]) == (
-        "Of 6 claims, 2 hold in every comparison, 1 in some and 2 in none; 1 is not measured"
+    groups = [[holds], [holds, holds], [holds, open_], [fails], [open_, open_], [open_, fails], []]
+    assert count_claims(groups) == (
+        "Of 7 claims 2 hold, 1 does not hold, 2 differ between comparisons, 1 is not decided and 1 "
+        "is not measured"
     )
-    assert (
-        count_claims([[holds]])
-        == "Of 1 claims, 1 holds in every comparison, 0 in some and 0 in none"
+    assert count_claims([[holds]]) == (
+        "Of 1 claims 1 holds, 0 do not hold, 0 differ between comparisons and 0 are not decided"
     )
 
 
@@ -45,7 +46,7 @@ def test_comparisons_of_one_claim_stand_together():
 
 def test_a_claim_that_fails_in_part_says_so():
     rows = [make_claim("a", "a", verdict) for verdict in ("not decided", "does not hold")]
-    assert show(*rows).claims[0].verdict.words == "does not hold in 1 of 2"
+    assert show(*rows).claims[0].verdict.words == "fails in 1 of 2"
 
 
 def test_numbers_of_a_comparison_have_the_same_decimals():
@@ -76,6 +77,13 @@ def test_what_is_missing_or_not_finite_is_a_dash():
     assert (comparison.value, comparison.interval, comparison.paper) == ("–", "", "–")
     assert show_claims({}) is None
     assert show_claims({"claims": []}) is None
+
+
+def test_an_undecided_claim_without_a_value_says_why():
+    rows = [make_claim("label_share", "a", v) for v in ("not decided", "not measured")]
+    assert [c.value for c in show(*rows).claims[0].comparisons] == ["no gain to share", "–"]
+    (with_value,) = show(rows[0] | {"value": 0.25}).claims[0].comparisons
+    assert with_value.value == "0.250"
 
 
 def test_many_comparisons_are_folded():

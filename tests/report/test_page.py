@@ -1,6 +1,7 @@
 """The page with all its evidence: what it says, where its links lead, how it looks in a browser."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from playwright.sync_api import sync_playwright
 
 from pipeline.errors import PipelineError
 from pipeline.report import build_report, write_report
-from pipeline.report.exhibits import EXHIBITS
+from pipeline.report.exhibits import EXHIBITS, show_exhibits
 from pipeline.report.inputs import link_tables
 from tests import report_data
 from tests.report.evidence import CLAIMS, show_curves, show_intervals, write_tables
@@ -17,6 +18,7 @@ from tests.report.tables import make_all
 
 PLACED = {"name": "demo", "n_layers": 12, "layer": 7, "d_model": 128, "n_parameters": 3_000_000}
 MANY = tuple((k, beta) for k in (8, 16, 32, 64) for beta in (0.0, 1e3, 3e3, 1e4, 3e4, 1e5))
+FOLDERS = ("run_folder", "results_folder", "corpus_folder", "store_folder")
 IDS = ["sensitivity", "perturbation", "fronts", "dead", "steering", "density", "splitting"]
 
 
@@ -52,7 +54,7 @@ def test_every_exhibit_is_on_the_page(tmp_path):
 
 def test_the_page_says_what_holds(tmp_path):
     page = write_all(tmp_path).read_text(encoding="utf-8")
-    assert "Of 4 claims, 1 holds in every comparison, 1 in some and 1 in none" in page
+    assert "Of 4 claims 1 holds, 1 does not hold, 1 differs between comparisons, 0 are not" in page
     assert page.index("does not hold") < page.index("Results</h2>")  # on top
     for text in ("−0.0592 to −0.0231", "−0.09 (0.34 against 0.43)", "over 5"):
         assert text in page
@@ -117,6 +119,60 @@ def test_other_models_stand_beside(tmp_path):
     assert "larger" in page
     with pytest.raises(PipelineError, match=r"nowhere.*Run `pipeline evaluate`"):
         write_report(**arguments, beside=[tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_model_beside_itself_is_refused(tmp_path, times):
+    """Its own results, or another's given twice."""
+    arguments = report_data.write_inputs(tmp_path)
+    metrics = report_data.read_json(tmp_path / "results/metrics.json")
+    own = metrics | {"model": metrics["model"] | PLACED}
+    report_data.write_json(tmp_path / "results/metrics.json", own)
+    (tmp_path / "copy").mkdir()
+    other = own | {"model": own["model"] | {"name": "larger"}} if times == 2 else own
+    report_data.write_json(tmp_path / "copy/metrics.json", other)
+    with pytest.raises(PipelineError, match=r"copy: expected others.*--beside"):
+        write_report(**arguments, beside=[tmp_path / "copy"] * times)
+
+
+DAMAGES = {
+    "columns": lambda row: {f"x{key}": value for key, value in row.items()},
+    "numbers": lambda row: {k: "many" if isinstance(v, int | float) else v for k, v in row.items()},
+    "nothing": dict.fromkeys,
+}
+
+
+@pytest.mark.parametrize("name", sorted(make_all(report_data.make_metrics()["saes"])))
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_table_is_no_traceback(name, damage):
+    """It is refused in one line, or shown with dashes where it can be."""
+    tables = make_all(report_data.make_metrics()["saes"])
+    damaged = {**tables, name: [DAMAGES[damage](row) for row in tables[name]]}
+    folder = Path("results/demo")
+    with suppress(PipelineError):
+        Outline(build_report(**report_data.make_inputs(), evidence=damaged, results_folder=folder))
+
+
+@pytest.mark.parametrize("error", [StopIteration, KeyError("k"), RuntimeError("a\nb")])
+def test_what_an_exhibit_raises_is_one_line(monkeypatch, error):
+    def show_it(*_):
+        raise error
+
+    monkeypatch.setattr("pipeline.report.exhibits.EXHIBITS", (show_it,))
+    with pytest.raises(PipelineError) as refused:
+        show_exhibits({}, {}, Path("results/demo"))
+    line = r"measurements at results/demo: .* for it \(.*\). Run `pipeline evaluate`\."
+    assert re.fullmatch(line, str(refused.value))
+    assert isinstance(refused.value.__cause__, StopIteration | KeyError | RuntimeError)
+
+
+def test_a_table_without_its_columns_is_refused(tmp_path):
+    path = write_all(tmp_path)
+    (tmp_path / "results/dead.csv").write_text("sae,k\nk32-beta0,32\n")
+    arguments = {key: tmp_path / key.removesuffix("_folder") for key in FOLDERS}
+    with pytest.raises(PipelineError, match=r"results: .*for dead \(KeyError") as error:
+        write_report(profile="demo", **arguments, out=path)
+    assert isinstance(error.value.__cause__, KeyError)
 
 
 def test_runs_that_were_measured_together(tmp_path):

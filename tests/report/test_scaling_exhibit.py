@@ -104,6 +104,7 @@ def test_the_figure_joins_models_of_equal_depth_alone():
     assert len(exhibit.figures[0].rows) == 6
     assert exhibit.figures[0].rows[0][0] == "small"
     assert "--beside" not in exhibit.protocol
+    assert exhibit.data == ()  # no one results folder has them all
 
 
 def test_seeds_are_averaged_and_their_intervals_left_out():

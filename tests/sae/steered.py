@@ -16,7 +16,7 @@ def make_sae(architecture: str, *, d_model: int = 5, d_sae: int = 12, k: int = 3
 
 
 def make_random(architecture: str, *, scale: float = 0.7) -> Any:
-    """A tiny float64 SAE with random parameters, decoder rows not of norm 1, and weight 0.4."""
+    """A tiny float64 SAE with random parameters, decoder rows not of norm 1, weight 0.4."""
     sae = make_sae(architecture).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -25,6 +25,7 @@ def make_random(architecture: str, *, scale: float = 0.7) -> Any:
             parameter.copy_(0.5 * noise)
         sae.input_scale.fill_(scale)
         sae.sparsity_weight.fill_(0.4)
+        sae.weight_unit.fill_(0.02)
     return sae
 
 

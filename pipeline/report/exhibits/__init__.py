@@ -4,7 +4,8 @@ Pure functions from tables to what the page shows; only `read_tables` reads file
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ from pipeline.report.exhibits.sensitivity import show_sensitivity
 from pipeline.report.exhibits.splitting import show_splitting
 from pipeline.report.exhibits.steering import show_steering
 
+# What a wrong column or value makes of code that expects the right one.
+_DAMAGE = (
+    *(TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RuntimeError, StopIteration),
+)
 Show = Callable[[Tables, Mapping[str, str]], Exhibit | None]
 
 EXHIBITS: tuple[Show, ...] = (
@@ -38,10 +44,35 @@ EXHIBITS: tuple[Show, ...] = (
 )
 
 
-def show_exhibits(tables: Tables, styles: Mapping[str, str]) -> list[Exhibit]:
-    """What was measured, in the paper's order; `styles` are the SAEs' CSS classes by name."""
-    shown = (show(tables, styles) for show in EXHIBITS)
+def show_exhibits(
+    tables: Tables, styles: Mapping[str, str], folder: Path | None = None
+) -> list[Exhibit]:
+    """What was measured, in the paper's order; `styles` are the SAEs' CSS classes by name.
+
+    Raises PipelineError, naming the tables' `folder`, where a table cannot be shown.
+    """
+    shown = []
+    for show in EXHIBITS:
+        with refuse_damage(show.__name__.removeprefix("show_"), folder):
+            shown.append(show(tables, styles))
     return [exhibit for exhibit in shown if exhibit is not None]
+
+
+@contextmanager
+def refuse_damage(what: str, where: Path | str | None) -> Iterator[None]:
+    """Raise PipelineError for what a damaged table makes fail; its cause is the failure."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise PipelineError(
+            f"measurements at {where or 'the results'}: expected what `pipeline evaluate` writes, "
+            f"got something else for {what} ({_tell(error)}). Run `pipeline evaluate`."
+        ) from error
+
+
+def _tell(error: Exception) -> str:
+    """What failed, on one line."""
+    return ": ".join(filter(None, [type(error).__name__, str(error).partition("\n")[0]]))
 
 
 def read_tables(results_folder: Path) -> Tables:

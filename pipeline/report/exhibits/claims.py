@@ -1,6 +1,7 @@
 """The page's summary: which of the paper's claims hold here."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ SYMBOLS = {  # of each verdict, as evaluation writes it
     "not measured": "·",
 }
 _MIXED = "±"
+_NO_VALUE = {"label_share": "no gain to share"}  # why an undecided claim has none, by id
 _MOST_OPEN = 40  # comparisons that the page shows unfolded
 
 
@@ -49,7 +51,7 @@ class Claim(NamedTuple):
 
 
 class Claims(NamedTuple):
-    by_claim: str  # how many hold, in a sentence
+    by_claim: str  # how many have each verdict, in a sentence
     by_comparison: str
     claims: tuple[Claim, ...]
     unfolded: bool
@@ -72,17 +74,20 @@ def show_claims(tables: Tables) -> Claims | None:
 
 
 def count_claims(verdicts: Sequence[Sequence[str]]) -> str:
-    """How many claims hold everywhere, somewhere and nowhere; one's verdicts are a sequence."""
-    measured = [group for group in verdicts if group]
-    holding = [sum(verdict == "holds" for verdict in group) for group in measured]
-    everywhere = sum(n == len(group) for n, group in zip(holding, measured, strict=True))
-    nowhere = holding.count(0)
-    text = (
-        f"Of {len(verdicts)} claims, {everywhere} hold{'s' * (everywhere == 1)} in every "
-        f"comparison, {len(measured) - everywhere - nowhere} in some and {nowhere} in none"
-    )
-    missing = len(verdicts) - len(measured)
-    return f"{text}; {missing} {'is' if missing == 1 else 'are'} not measured" if missing else text
+    """How many claims have each verdict in all of their comparisons; one's are a sequence."""
+    counts = Counter(_sum_up(group).kind for group in verdicts)
+    told = [
+        f"{n} {one if n == 1 else several}"
+        for kind, one, several in (
+            ("holds", "holds", "hold"),
+            ("does-not-hold", "does not hold", "do not hold"),
+            ("mixed", "differs between comparisons", "differ between comparisons"),
+            ("not-decided", "is not decided", "are not decided"),
+            ("not-measured", "is not measured", "are not measured"),
+        )
+        if (n := counts[kind]) or kind != "not-measured"
+    ]
+    return f"Of {len(verdicts)} claims {', '.join(told[:-1])} and {told[-1]}"
 
 
 def count_comparisons(rows: Rows) -> str:
@@ -123,7 +128,8 @@ def _sum_up(verdicts: Sequence[str]) -> Verdict:
     if len(set(verdicts)) <= 1:
         return _judge(verdicts[0] if verdicts else "not measured")
     told = "holds" if "holds" in verdicts else "does not hold"
-    return Verdict(f"{told} in {verdicts.count(told)} of {len(verdicts)}", _MIXED, "mixed")
+    words = "fails" if told == "does not hold" else told
+    return Verdict(f"{words} in {verdicts.count(told)} of {len(verdicts)}", _MIXED, "mixed")
 
 
 def _judge(verdict: str) -> Verdict:
@@ -134,11 +140,12 @@ def _read_comparison(row: Mapping[str, Any], *, with_measure: bool) -> Compariso
     numbers = [row.get(key) for key in ("value", "low", "high", "seeds_low", "seeds_high")]
     value, *ends = _format_together(*numbers)
     words = [row.get("comparison"), row.get("measure") if with_measure else ""]
+    undecided = row.get("value") is None and row["verdict"] == "not decided"
     several = (as_number(row.get("n_seeds")) or 0) > 1
     return Comparison(
         verdict=_judge(row["verdict"]),
         words="; ".join(str(part) for part in words if part),
-        value=value,
+        value=_NO_VALUE.get(row["id"], value) if undecided else value,
         interval=" to ".join(ends[:2]) if "–" not in ends[:2] else "",
         seeds=" to ".join(ends[2:]) if several and "–" not in ends[2:] else "",
         paper=_say(row.get("paper")),

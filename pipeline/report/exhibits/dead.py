@@ -40,6 +40,7 @@ _ENDS = ("", "_low", "_high")
 
 
 def show_dead(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
+    """The fraction of latents that are dead, with intervals; None where it was not measured."""
     rows = tables.get("dead")
     if not rows:
         return None

@@ -23,6 +23,7 @@ PAPER = Figures(
 
 
 def show_density(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
+    """The distribution of firing frequencies and its medians; None where not measured."""
     curves, medians = tables.get("firing"), tables.get("density_medians")
     if not curves or not medians:
         return None

@@ -55,6 +55,7 @@ _NEEDS_GRID = (
 
 
 def show_fronts(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
+    """A panel each of loss added and NMSE over L0 or latents; None without SAEs."""
     del styles  # a series is a kind of SAE, not one SAE
     # Without beta the modes are one.
     rows = [r for r in tables.get("fronts") or () if r["mode"] == "with_gradient" or r["beta"]]

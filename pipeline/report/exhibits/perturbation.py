@@ -6,7 +6,7 @@ from pipeline.report.axes import plan_linear
 from pipeline.report.charts import Chart
 from pipeline.report.exhibits.exhibit import Exhibit, Figures, Rows, Tables
 from pipeline.report.exhibits.layers import plan_layers
-from pipeline.report.exhibits.series import format_interval, group_rows, list_keys
+from pipeline.report.exhibits.series import format_interval, group_rows, list_band, list_keys
 from pipeline.report.figures import Line, draw_lines, series_style
 from pipeline.report.tables import format_count, format_short, minus, show
 
@@ -14,6 +14,7 @@ _FIGURES = (
     ("rho_gradient", "|∇L · δ|", "dot"),
     ("rho_norm", "‖δ‖", "ring"),
     ("rho_difference", "their difference", ""),
+    ("rho_steepness", "‖∇L‖ ‖δ‖", ""),
 )
 _ENDS = ("", "_low", "_high")
 
@@ -41,11 +42,13 @@ def show_perturbation(tables: Tables, styles: Mapping[str, str]) -> Exhibit | No
             "sequence. δ is uniform in direction, and in norm on m(1 ± √3/2), m being the size "
             "times the mean norm at the site; intervals are over sequences. Spread: |ΔL|’s 95th "
             "over its 5th percentile, in orders of magnitude, over all that differs between "
-            "sequences; direction alone gives about 1.5 where the gradient’s estimate is exact."
+            "sequences; direction alone gives about 1.5 where the gradient’s estimate is exact. "
+            "The gradient also knows how steep the loss is at that token, which ‖δ‖ cannot: "
+            "‖∇L‖ ‖δ‖ knows it too, and what |∇L · δ| adds to that is δ’s direction."
         ),
         label_seen=(
-            "|∇L · δ| sees the label, for it is the gradient of the loss that then changes; ‖δ‖ "
-            "does not. No SAE is involved."
+            "|∇L · δ| and ‖∇L‖ ‖δ‖ see the label, for ∇L is the gradient of the loss that then "
+            "changes; ‖δ‖ does not. No SAE is involved."
         ),
         paper=(
             "On GPT-2 the paper finds strong correlations with |∇L · δ|, weak ones with ‖δ‖, and "
@@ -67,9 +70,7 @@ def _chart(site: str, rows: Rows) -> Chart:
             series_style(i),
             [(float(row["layer"]), row[figure]) for row in group],
             marker,
-            band=[
-                (float(row["layer"]), row[f"{figure}_low"], row[f"{figure}_high"]) for row in group
-            ],
+            band=list_band(group, "layer", figure),
         )
         for figure, words, marker in _FIGURES[:2]
         for i, (size, group) in enumerate(sizes.items())

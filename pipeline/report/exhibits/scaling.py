@@ -69,7 +69,9 @@ def show_scaling(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
             "Loss added as in the headline table, 95% intervals over blocks. A line joins SAEs "
             "of equal kind, k and number of latents per dimension, of models whose hooks lie "
             f"equally deep within {DEPTH_TOLERANCE} of all blocks; others stand alone, as marks. "
-            "Several seeds are averaged." + alone * (len(models) < 2)
+            "Several seeds are averaged. The figures are those of each model’s metrics.json."
+            + alone
+            * (len(models) < 2)
         ),
         label_seen="Series with ∇ see the label (filled marks); series without ∇ and TopK do not.",
         paper=(
@@ -78,7 +80,7 @@ def show_scaling(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
         ),
         charts=(_chart(rows),),
         figures=(_tabulate(rows),),
-        data=("saes",),
+        data=(),  # the page has links to one model's tables alone
     )
 
 

@@ -6,7 +6,13 @@ from pipeline.report.axes import plan_positive
 from pipeline.report.charts import Chart
 from pipeline.report.exhibits.exhibit import Exhibit, Figures, Rows, Tables
 from pipeline.report.exhibits.layers import plan_layers
-from pipeline.report.exhibits.series import format_interval, group_rows, index_rows, list_keys
+from pipeline.report.exhibits.series import (
+    format_interval,
+    group_rows,
+    index_rows,
+    list_band,
+    list_keys,
+)
 from pipeline.report.figures import Line, draw_lines, series_style
 from pipeline.report.markers import MARKERS
 from pipeline.report.tables import format_count, format_short
@@ -83,7 +89,7 @@ def _draw(index: int, label: str, rows: Rows, figure: str) -> Line:
         series_style(index),
         [(float(row["layer"]), row[figure]) for row in rows],
         MARKERS[index % len(MARKERS)],
-        band=[(float(row["layer"]), row[f"{figure}_low"], row[f"{figure}_high"]) for row in rows],
+        band=list_band(rows, "layer", figure),
     )
 
 

@@ -35,6 +35,7 @@ PAPER = Figures(
 
 
 def show_splitting(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
+    """Cosines of near-duplicates and gradients along them; None where not measured."""
     bins, summary = tables.get("splitting"), tables.get("splitting_summary")
     if not bins or not summary:
         return None
@@ -51,9 +52,9 @@ def show_splitting(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
         ),
         protocol=_describe(gradients),
         label_seen=(
-            "Latents are live that fire with the gradient at inference. The gradients themselves "
-            "are the label’s: they are of the loss of the very tokens that they are averaged over; "
-            "rows where a latent fires are found without them."
+            "Latents are live that fire without the gradient at inference. The gradients along "
+            "them are the label’s: they are of the loss of the very tokens that they are averaged "
+            "over; rows where a latent fires are found without them."
         ),
         paper=(
             "The paper’s numbers are of GPT-2 small, layer 7, with 15,360 latents. Theirs are of a "

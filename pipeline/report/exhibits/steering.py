@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report.axes import plan_linear, plan_positive
-from pipeline.report.charts import Chart, Key
+from pipeline.report.axes import as_number, plan_linear, plan_positive
+from pipeline.report.charts import Chart
 from pipeline.report.exhibits.exhibit import Exhibit, Figures, Rows, Tables
+from pipeline.report.exhibits.series import format_interval, group_rows, list_band, list_keys
 from pipeline.report.figures import Line, draw_lines
+from pipeline.report.tables import format_short, minus
 
 _CONTROL = "ink d2"  # the style of what is no SAE
 _EFFECTS = (
@@ -23,20 +25,21 @@ _READING = (
     "single latents spread around these means."
 )
 _LABEL = (
-    "None of these figures sees the label: what is added is a decoder direction, and no gradient "
-    "is taken at inference."
+    "None of these figures sees the label: latents are picked by what fires without the gradient, "
+    "what is added is a decoder direction, and no gradient is taken."
 )
 _PAPER = (
     "At layer 7 of GPT-2 small, g-SAEs move their associated tokens over 5 times as much as TopK, "
     "and all others less. The paper gives α = 50 in units of the residual stream (here "
     "alpha_absolute), but neither the number of associated tokens nor positions nor lengths: at "
-    "best the ratio can be compared, and on that model and layer alone."
+    "best the ratio can be compared, and on that model and layer alone. Ratios of g-SAEs to TopK, "
+    "with their intervals, stand among the claims."
 )
 
 
 def show_steering(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
-    """Curves over the push's length, densities over latents at one length, and the paper's claim
-    SAE by SAE; None where nothing was steered.
+    """Curves over the push's length and densities over latents at one; None where nothing was
+    steered.
     """
     sweep, latents = tables.get("steering") or (), tables.get("steering_latents") or ()
     if not sweep or not latents:
@@ -56,24 +59,23 @@ def show_steering(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
             *(_chart_sweep(sweep, styles, *effect) for effect in _EFFECTS),
             *(_chart_density(latents, styles, *effect, alpha=alpha) for effect in _EFFECTS),
         ),
-        figures=(
-            _list_effects(at_alpha),
-            *_list_ratios(at_alpha, tables.get("saes") or ()),
-        ),
+        figures=(_list_effects(at_alpha),),
         data=("steering", "steering_latents"),
     )
 
 
 def estimate_density(values: Sequence[float], *, n_points: int = 160) -> list[tuple[float, float]]:
     """A Gaussian kernel density estimate, as (value, density), at values evenly spaced and at
-    quantiles, where the mass is.
+    quantiles, where the mass is. Only finite values count.
 
         f(x) = 1/(n h) sum over i of phi((x - x_i) / h)     h = 0.9 min(sd, IQR / 1.34) n^(-1/5)
 
     h is Silverman's (1986, equation 3.31); by sd alone where the quartiles fall together. No point
     where all values are equal: that has no density.
     """
-    x = np.asarray(values, dtype=np.float64)
+    x = np.asarray([value for value in values if as_number(value) is not None], np.float64)
+    if not len(x):
+        return []
     quartiles = np.quantile(x, [0.25, 0.75])
     spread = min(filter(None, (x.std(), (quartiles[1] - quartiles[0]) / 1.34)), default=0.0)
     if not spread:
@@ -91,12 +93,12 @@ def _describe(sweep: Rows, at: Mapping[str, Any]) -> str:
     """The protocol, where `at` is a row at the densities' length."""
     return (
         f"Each length steers up to {max(row['n_latents'] for row in sweep)} latents that fired on "
-        f"held-out text (Fig. 5's lengths the first {min(row['n_latents'] for row in sweep)} of "
-        f"them), on the same {at['n_sequences']} held-out sequences of {at['context']} tokens for "
-        f"every SAE; steered and measured are {at['n_positions']} positions of each, all at once. "
-        f"A latent's associated tokens are the {at['n_tokens']} with the largest value of its "
-        "direction through the unembedding, with the final norm folded in and centred. α is in "
-        "units of the activations' mean norm, "
+        f"held-out text without the gradient (Fig. 5's lengths the first "
+        f"{min(row['n_latents'] for row in sweep)} of them), on the same {at['n_sequences']} "
+        f"held-out sequences of {at['context']} tokens for every SAE; steered and measured are "
+        f"{at['n_positions']} positions of each, all at once. A latent's associated tokens are the "
+        f"{at['n_tokens']} with the largest value of its direction through the unembedding, with "
+        "the final norm folded in and centred. α is in units of the activations' mean norm, "
         f"{at['alpha_absolute'] / at['alpha']:.4g}; the densities are at α = {at['alpha']:g}. "
         "Effects are means over positions, then over latents; bands are 95% intervals from "
         "resampling the latents. Probabilities sum to 1, so all other tokens together lose exactly "
@@ -111,9 +113,9 @@ def _chart_sweep(rows: Rows, styles: Mapping[str, str], effect: str, words: str)
             styles.get(name, _CONTROL),
             [(row["alpha"], row[effect]) for row in own],
             marker="dot",
-            band=[(row["alpha"], row[f"{effect}_low"], row[f"{effect}_high"]) for row in own],
+            band=list_band(own, "alpha", effect),
         )
-        for name, own in _by_sae(rows).items()
+        for name, own in group_rows(rows, lambda row: row["sae"]).items()
     ]
     heights = [row[f"{effect}{end}"] for row in rows for end in ("", "_low", "_high")]
     x = plan_positive([row["alpha"] for row in rows], label=_plain)
@@ -121,7 +123,7 @@ def _chart_sweep(rows: Rows, styles: Mapping[str, str], effect: str, words: str)
     title = f"Effect on {words}"
     describe = f"{title} over the length of the push, one line per SAE"
     svg = draw_lines(lines, x=x, y=y, describe=describe)
-    return Chart(title, _unit(effect), "α, in mean norms", svg, _keys(lines))
+    return Chart(title, _unit(effect), "α, in mean norms", svg, list_keys(lines))
 
 
 def _chart_density(
@@ -129,65 +131,31 @@ def _chart_density(
 ) -> Chart:
     lines = [
         Line(name, styles.get(name, _CONTROL), estimate_density([row[effect] for row in own]))
-        for name, own in _by_sae(rows).items()
+        for name, own in group_rows(rows, lambda row: row["sae"]).items()
     ]
     points = [point for line in lines for point in line.points]
     x = plan_linear([a for a, _ in points], label=_plain)
     y = plan_linear([b for _, b in points], label=_plain, zero=True)
     title = f"Latents by their effect on {words}, α = {alpha:g}"
     svg = draw_lines(lines, x=x, y=y, describe=f"{title}: a density per SAE")
-    return Chart(title, "density", _unit(effect), svg, _keys(lines))
+    return Chart(title, "density", _unit(effect), svg, list_keys(lines))
 
 
 def _list_effects(at_alpha: Mapping[str, Mapping[str, Any]]) -> Figures:
     rows = tuple(
-        (name, str(row["n_latents"]), *(_interval(row, effect) for effect, _ in _EFFECTS))
+        (
+            name,
+            str(row["n_latents"]),
+            *(format_interval(row, effect, format_short) for effect, _ in _EFFECTS),
+        )
         for name, row in at_alpha.items()
     )
     return Figures(("SAE", "latents", *(words for _, words in _EFFECTS)), rows)
-
-
-def _list_ratios(at_alpha: Mapping[str, Mapping[str, Any]], saes: Rows) -> list[Figures]:
-    """Each SAE trained with beta beside the one that differs in that alone."""
-    facts = {row["sae"]: row for row in saes if row["sae"] in at_alpha}
-    plain = {_kind(row): name for name, row in facts.items() if not row["beta"]}
-    rows = []
-    for name, row in facts.items():
-        other = plain.get(_kind(row))
-        if row["beta"] and other:
-            ours, theirs = (at_alpha[sae] for sae in (name, other))
-            rows.append((name, other, *(_ratio(ours[e], theirs[e]) for e, _ in reversed(_EFFECTS))))
-    columns = ("SAE", "beside", "all other tokens, ratio", "associated tokens, ratio")
-    return [Figures(columns, tuple(rows))] if rows else []
-
-
-def _kind(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(key) for key in ("architecture", "k", "d_sae", "seed"))
-
-
-def _by_sae(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["sae"], []).append(row)
-    return groups
-
-
-def _keys(lines: Sequence[Line]) -> tuple[Key, ...]:
-    return tuple(Key(line.label, line.style, line.marker) for line in lines)
 
 
 def _unit(effect: str) -> str:
     return "change of probability" if effect == "associated" else "absolute changes of probability"
 
 
-def _interval(row: Mapping[str, Any], effect: str) -> str:
-    value, low, high = (_plain(row[f"{effect}{end}"]) for end in ("", "_low", "_high"))
-    return f"{value} [{low}, {high}]"
-
-
-def _ratio(ours: float, theirs: float) -> str:
-    return f"{ours / theirs:.2f}".replace("-", "−") if theirs else "–"
-
-
 def _plain(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−")
+    return minus(f"{value:.3g}")
