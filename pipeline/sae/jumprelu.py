@@ -89,11 +89,18 @@ class JumpReluSAE(SteeredSAE):
         projected: Float[Tensor, "batch d_sae"],
         values: Float[Tensor, "batch d_sae"],
     ) -> Float[Tensor, ""]:
-        del acts, values
+        del values
         l0 = count_above(projected + self.b_enc, self.threshold, self.bandwidth)
-        excess = l0 / self.k - 1
+        excess = self._find_excess(l0.detach(), len(acts))
         stiffness = STIFFNESS * self.weight_unit
-        return self.sparsity_weight * excess + stiffness * excess.square()
+        slope = self.sparsity_weight + 2 * stiffness * excess  # of the penalty, in e
+        value = self.sparsity_weight * excess + stiffness * excess.square()
+        return value + slope * (l0 - l0.detach()) / self.k
+
+    def _find_excess(self, l0: Float[Tensor, ""], n_rows: int) -> Float[Tensor, ""]:
+        """e of the batch of all processes, whose square is not the mean of their squares."""
+        sums = self.group.sum(torch.stack([l0.double() * n_rows, l0.new_tensor(n_rows).double()]))
+        return (sums[0] / sums[1] / self.k - 1).to(l0)
 
     @torch.no_grad()
     def after_step(self, l0: float) -> None:
