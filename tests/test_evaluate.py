@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from pipeline.capture import capture, patched_loss
 from pipeline.config import load_config
 from pipeline.corpus.packing import Packing, SplitPacker
-from pipeline.corpus.reader import Blocks, Corpus
+from pipeline.corpus.reader import Blocks
 from pipeline.corpus.tokens import find_separator
 from pipeline.errors import CorpusError
 from pipeline.evaluate import activity as activity_module
@@ -43,6 +43,7 @@ from pipeline.sae import (
 from pipeline.sae.base import list_dense
 from store.reader import open_store
 from tests.checkpoints import save_gpt2
+from tests.evaluate.few_blocks import FewBlocks
 
 CONTEXT, VOCAB, D_MODEL, D_SAE, K = 12, 64, 16, 48, 4
 HOOK = "blocks.1.hook_resid_post"
@@ -57,25 +58,6 @@ OPTIONS = {
 MEMBERS = [
     (name, beta) for name, cls in ARCHITECTURES.items() for beta in (0.0, 3e3)[: 1 + cls.selects]
 ]
-
-
-class FewBlocks(Corpus):
-    """Held-out blocks of random tokens, some of them padded."""
-
-    def __init__(self, lengths: tuple[int, ...] = LENGTHS) -> None:
-        rng = np.random.default_rng(0)
-        tokens = rng.integers(VOCAB, size=(len(lengths), CONTEXT + 1), dtype=np.int32)
-        object.__setattr__(self, "blocks", Blocks(tokens, np.array(lengths, np.int32)))
-        object.__setattr__(self, "folder", Path("few-blocks"))
-        object.__setattr__(self, "manifest", SimpleNamespace(packing="per_document"))
-
-    def lengths(self, split: str) -> np.ndarray:
-        assert split == "held_out"
-        return self.blocks.lengths
-
-    def read_blocks(self, split: str, first: int, n: int) -> Blocks:
-        assert split == "held_out"
-        return Blocks(*(column[first : first + n] for column in self.blocks))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +148,7 @@ def slow_recon(sae: SparseAutoencoder, block: Block, *, steered: bool) -> tuple[
 
 
 def split_blocks(model: LanguageModel, hook: str) -> list[Block]:
-    held_out = FewBlocks().read_blocks("held_out", 0, len(LENGTHS))
+    held_out = FewBlocks(LENGTHS).read_blocks("held_out", 0, len(LENGTHS))
     return [
         Block(model, torch.from_numpy(tokens[: length + 1]).long(), hook)
         for tokens, length in zip(*held_out, strict=True)
@@ -208,7 +190,7 @@ def evaluate(model: LanguageModel, saes: dict[str, SparseAutoencoder], **changes
         "loss_tokens": (LOSS_TOKENS, 8160),
         "bootstrap_draws": 50,
     }
-    return evaluate_saes(model, FewBlocks(), saes, **arguments | changes)
+    return evaluate_saes(model, FewBlocks(LENGTHS), saes, **arguments | changes)
 
 
 def flatten(metrics: dict[str, Any]) -> dict[str, float]:
@@ -306,7 +288,7 @@ def test_a_baseline_is_measured_as_saes_are(model, blocks):
 def test_sums_per_block_equal_runs_of_each_block_alone(model, blocks):
     sae = make_sae("topk", 3e3)
     sums = evaluate(model, {"it": sae}).sums
-    order = draw_blocks(FewBlocks(), None)
+    order = draw_blocks(FewBlocks(LENGTHS), None)
     for mode, steered in (("with_gradient", True), ("without_gradient", False)):
         for at, number in enumerate(order):
             block = blocks[number]
@@ -387,7 +369,7 @@ def test_saes_of_own_loss_select_with_its_gradient(model):
         assert 0 < overlap < 1
     (full, plain), (own, still_plain) = figures.values()
     assert plain == still_plain
-    tokens, lengths = FewBlocks().read_blocks("held_out", 0, 8)
+    tokens, lengths = FewBlocks(LENGTHS).read_blocks("held_out", 0, 8)
     losses = []
     for block, length in zip(tokens, lengths, strict=True):
         one = torch.from_numpy(block[: length + 1]).long()[None]
@@ -499,7 +481,7 @@ def test_activity_equals_a_count_over_all_rows(monkeypatch):
 def test_as_many_blocks_as_hold_the_tokens(model, n_tokens, n_blocks):
     batches = list(
         read_held_out(
-            model, FewBlocks(), HOOK, exclude_positions=(), n_tokens=n_tokens, batch_blocks=4
+            model, FewBlocks(LENGTHS), HOOK, exclude_positions=(), n_tokens=n_tokens, batch_blocks=4
         )
     )
     assert sum(len(batch.tokens) for batch in batches) == n_blocks
@@ -557,7 +539,7 @@ def test_documents_without_separators_are_one(model):
 
 def test_every_block_of_one_document_each_is_its_own(model):
     measured = evaluate(model, {}, n_tokens=40)
-    order = draw_blocks(FewBlocks(), 40)
+    order = draw_blocks(FewBlocks(LENGTHS), 40)
     assert measured.documents.tolist() == order.tolist()
     assert measured.metrics["model"]["documents"] == len(order) < len(LENGTHS)
 

@@ -241,6 +241,16 @@ def test_runs_that_do_not_belong_together_are_refused(capsys, settings, message)
     assert "pipeline evaluate --run" in error
 
 
+def test_a_layer_that_the_model_lacks_is_refused_before_anything_is_measured(project, capsys):
+    layers = ("--set", "evidence.perturbation_layers=[1, 99]")
+    assert run_cli("evaluate", *RUNS, *layers, "--out", "results/lacking") == 2
+    error = capsys.readouterr().err
+    assert "perturbation_layers: expected 0 to 3" in error
+    assert "got 99" in error
+    assert "evaluate: " not in error
+    assert not (project / "results/lacking").exists()
+
+
 def test_two_saes_of_one_name_are_refused(project, capsys):
     shutil.copytree(project / "runs/tiny-own", project / "runs/again")
     error = fails(capsys, "evaluate", *RUNS, "--run", "runs/again")

@@ -50,9 +50,10 @@ def list_tables(scene: Scene, config: Config, *, tell: Callable[[str], None]) ->
         "density_medians": measure_medians(measured.activities, ks, draws=draws),
         "dead": measure_dead(measured.activities, ks, draws=draws),
     }
-    for name, measure in _MEASUREMENTS.items():
-        tell(name)
-        tables |= measure(scene, config)
+    for name, (size, measure) in _MEASUREMENTS.items():
+        if getattr(config.evidence, size):
+            tell(name)
+            tables |= measure(scene, config)
     tables = {name: _empty_unknown(rows) for name, rows in tables.items()}
     tables["claims"] = [
         claim._asdict()
@@ -94,8 +95,6 @@ def list_saes(saes: Mapping[str, Mapping[str, Any]]) -> Rows:
 
 
 def _measure_sensitivity(scene: Scene, config: Config) -> dict[str, Rows]:
-    if not config.evidence.sensitivity_rows:
-        return {}
     rows = measure_sensitivity(
         scene.model,
         scene.corpus,
@@ -114,7 +113,7 @@ def _measure_perturbation(scene: Scene, config: Config) -> dict[str, Rows]:
     offered = [
         site for site in _SITES if all(name_site(layer, site) in model.sites for layer in layers)
     ]
-    if not evidence.perturbation_samples or not offered:
+    if not offered:  # as where blocks are not what the sites' equations say
         return {}
     rows = measure_perturbation(
         model,
@@ -132,8 +131,6 @@ def _measure_perturbation(scene: Scene, config: Config) -> dict[str, Rows]:
 
 def _measure_steering(scene: Scene, config: Config) -> dict[str, Rows]:
     evidence = config.evidence
-    if not evidence.steering_latents:
-        return {}
     return measure_steering(
         scene.model,
         scene.corpus,
@@ -153,8 +150,6 @@ def _measure_steering(scene: Scene, config: Config) -> dict[str, Rows]:
 
 def _measure_splitting(scene: Scene, config: Config) -> dict[str, Rows]:
     evidence = config.evidence
-    if not evidence.splitting_latents:
-        return {}
     found = measure_splitting(
         scene.model,
         scene.corpus,
@@ -182,9 +177,10 @@ def _find_live(scene: Scene) -> dict[str, Tensor]:
     return {name: modes[MODES[1]].firings > 0 for name, modes in activities.items()}
 
 
-_MEASUREMENTS: dict[str, Callable[[Scene, Config], dict[str, Rows]]] = {
-    "sensitivity": _measure_sensitivity,
-    "perturbation": _measure_perturbation,
-    "steering": _measure_steering,
-    "splitting": _measure_splitting,
+# By name: the setting that is its size, and what measures it.
+_MEASUREMENTS: dict[str, tuple[str, Callable[[Scene, Config], dict[str, Rows]]]] = {
+    "sensitivity": ("sensitivity_rows", _measure_sensitivity),
+    "perturbation": ("perturbation_samples", _measure_perturbation),
+    "steering": ("steering_latents", _measure_steering),
+    "splitting": ("splitting_latents", _measure_splitting),
 }

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from pipeline.baselines import fit_pca, read_rows
-from pipeline.config import Config
+from pipeline.config import Config, EvidenceConfig
 from pipeline.corpus.reader import Corpus, open_corpus
 from pipeline.device import pick_device
+from pipeline.errors import ConfigError
 from pipeline.evaluate.association import check_tokens
 from pipeline.evaluate.controls import Control, make_controls
 from pipeline.evaluate.evidence import Scene, list_tables
@@ -25,7 +26,7 @@ from pipeline.evaluate.measure import evaluate_saes, list_blocks
 from pipeline.evaluate.results_folder import replace_results, write_tables
 from pipeline.evaluate.subjects import Subjects, load_subjects
 from pipeline.files import write_json
-from pipeline.model import hash_weights, load_model, locate_checkpoint
+from pipeline.model import LanguageModel, hash_weights, load_model, locate_checkpoint
 from store.errors import StoreMismatch
 from store.files import StoreFiles
 from store.identity import diff_identities
@@ -83,8 +84,7 @@ def set_scene(
     corpus = open_corpus(corpus_folder)
     check_origin(opened, config, corpus, checkpoint)
     model = load_model(checkpoint, weight_processing=config.model.weight_processing, device=device)
-    if config.evidence.steering_latents:
-        check_tokens(model, config.evidence.steering_tokens)
+    check_sizes(config.evidence, model)
     measured = evaluate_saes(
         model,
         corpus,
@@ -105,6 +105,20 @@ def set_scene(
     for name, sae in measured.metrics["saes"].items():
         sae |= subjects.facts[name]
     return Scene(model, corpus, subjects.saes, run.hook, run.exclude_positions, measured)
+
+
+def check_sizes(evidence: EvidenceConfig, model: LanguageModel) -> None:
+    """Raise ConfigError for what this model lacks, before anything is measured."""
+    if evidence.steering_latents:
+        check_tokens(model, evidence.steering_tokens)
+    n_layers = model.facts.n_layers
+    beyond = [layer for layer in evidence.perturbation_layers or () if layer >= n_layers]
+    if evidence.perturbation_samples and beyond:
+        raise ConfigError(
+            f"evidence.perturbation_layers: expected 0 to {n_layers - 1} ({model.facts.name} has "
+            f"{n_layers} blocks), got {beyond[0]}. Run with `--set "
+            "evidence.perturbation_layers=null` for all of them."
+        )
 
 
 def check_origin(store: ActivationStore, config: Config, corpus: Corpus, checkpoint: Path) -> None:
