@@ -232,6 +232,7 @@ def plan_courses(
             first_batch=first_batch,
             rank=group.rank,
             world_size=group.world_size,
+            as_stored=True,  # converted on the device
         )
 
     courses = [Course(shuffled, plan.n_steps, plan.stream.order, open_stream)] if shuffled else []

@@ -50,14 +50,18 @@ def read_array(
     batches: Batches,
     n_rows: int,
     on_open: Callable[[], None],
+    *,
+    as_stored: bool,
 ) -> Generator[Float[Tensor, "n_rows d_model"], None, None]:
-    """Acts or grads of each batch's `n_rows` rows, as float32; `on_open` is called for each shard.
+    """Acts or grads of each batch's `n_rows` rows; `on_open` is called for each shard.
 
-    The memory of a batch is used again once nobody holds it or a view of it.
+    As float32, or with `as_stored` in the dtype of the format. The memory of a batch is used again
+    once nobody holds it or a view of it.
     """
-    memory = ReusedMemory((n_rows, store.d_model), np.float32)
+    dtype = store.arrays[path].numbers.memory if as_stored else torch.float32
+    memory = ReusedMemory(n_rows * store.d_model * dtype.itemsize)
     shard_format = store.spec.shard_format(store.arrays[path])
-    chunks = ReusedMemory((shard_format.chunk_bytes + CHECKSUM_BYTES,), np.uint8)
+    chunks = ReusedMemory(shard_format.chunk_bytes + CHECKSUM_BYTES)
     lanes: dict[int, _OpenShard] = {}
     with ExitStack() as at_end:
         at_end.callback(lambda: [opened.close() for opened in lanes.values()])
@@ -70,7 +74,7 @@ def read_array(
                     on_open()
                     lanes[lane] = _OpenShard(store, plan, path, index, chunks)
                 parts += lanes[lane].list_parts(start, stop)
-            out = torch.from_numpy(memory.take())
+            out = torch.from_numpy(memory.take()).view(dtype).view(n_rows, store.d_model)
             decode_parts(parts, out)
             del parts
             yield out
@@ -178,14 +182,14 @@ def decode_parts(parts: Sequence[Part], out: Float[Tensor, "rows d_model"]) -> N
 
 
 class ReusedMemory:
-    """Arrays of one shape, each used again once nobody holds it, a view, or a tensor of either.
+    """Arrays of n_bytes, each used again once nobody holds it, a view, or a tensor of either.
 
     Fresh memory instead would cost a page fault for every 4 KiB of every batch. A view holds its
     array, and a tensor made by torch.from_numpy does for as long as its storage lives.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: type) -> None:
-        self._shape, self._dtype = shape, dtype
+    def __init__(self, n_bytes: int) -> None:
+        self._n_bytes = n_bytes
         self._arrays: list[np.ndarray] = []
 
     def take(self) -> np.ndarray:
@@ -193,7 +197,7 @@ class ReusedMemory:
         for i in range(len(self._arrays)):
             if _count_holders(self._arrays, i) == _NOBODY:
                 return self._arrays[i]
-        self._arrays.append(np.empty(self._shape, self._dtype))
+        self._arrays.append(np.empty(self._n_bytes, np.uint8))
         return self._arrays[-1]
 
 

@@ -29,7 +29,7 @@ _CLOSE_TIMEOUT_S = 1.0
 class Batch(NamedTuple):
     """Rows for one training step, from many blocks."""
 
-    acts: Float[Tensor, "batch d_model"]  # float32, exactly the stored values
+    acts: Float[Tensor, "batch d_model"]  # exactly the stored values
     grads: Float[Tensor, "batch d_model"]  # of the summed loss, nats per unit of activation
     tokens: Int[Tensor, " batch"]  # the token at the row's position
     loss: Float[Tensor, " batch"]  # nats, of predicting the next token
@@ -44,9 +44,12 @@ def stream_batches(
     first_batch: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    as_stored: bool = False,
 ) -> Iterator[Batch]:
     """The plan's batches from `first_batch` on, or one rank's rows of each of them.
 
+    Acts and grads are float32; `as_stored` leaves those that are float16 or bfloat16 on disk as
+    they are, which is half the memory, and half of what goes to a GPU, to be converted there.
     Rank r of w gets rows r * batch_size // w to (r + 1) * batch_size // w, and reads those only;
     the ranks' parts one after another are what one reader would get. The memory of a batch's acts
     or grads is used again once nobody holds the tensor or a view of it.
@@ -76,7 +79,10 @@ def stream_batches(
     n_rows = len(slice_rank(plan.batch_size, rank, world_size))
     columns = read_columns(store, plan, plan_pieces(), announcer.follow())
     acts, grads = (
-        read_array(store, plan, f"{plan.hook}/{name}", plan_pieces(), n_rows, announcer.follow())
+        read_array(
+            *(store, plan, f"{plan.hook}/{name}", plan_pieces(), n_rows, announcer.follow()),
+            as_stored=as_stored,
+        )
         for name in ("acts", "grads")
     )
     return _join(columns, acts, grads, announcer)

@@ -4,9 +4,9 @@
 d_model 768, d_sae 15360, k 32, beta 1e5, batch 4096; forward, backward, optimizer and norm
 constraint. `dense TopK` is the usual code: nn.Linear, topk, scatter, autograd, torch.optim.Adam as
 it is by default, which on a CPU is not fused. `products` are the matrix products that a step cannot
-do without: acts @ W_enc, and for a g-SAE grads @ W_dec^T too. All variants take turns; medians over
-`--repeats`, and the first turn is not counted. Peak memory is that of a process of its own which
-takes two steps: weights, gradients and optimizer included, inputs not.
+do without: acts @ W_enc, and for a g-SAE grads @ W_dec^T too. Every variant has a process of its
+own, as a training run has, and they take turns of three steps, of which the first is not counted;
+medians over `--repeats` turns. Peak memory: weights, gradients and optimizer included, inputs not.
 
 As in the `pipeline` command, torch asks for large pages, for all variants; not with
 THP_MEM_ALLOC_ENABLE=0 in the environment.
@@ -25,9 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ from tests.benchmarks.stream import D_MODEL, make_spec, plan_epochs, write_store
 from tests.benchmarks.train_from_store import PROFILE
 
 BATCH, K, BETA, LR = 4096, 32, 1e5, 1e-4
+STEPS = 3  # of one turn
 DENSE = "dense TopK float32"
 
 
@@ -144,27 +145,61 @@ def draw_inputs(device: str) -> Inputs:
     return Inputs(acts.to(device), grads.to(device))
 
 
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+class Worker:
+    """A process that holds one variant, as a training run does, and takes steps when asked."""
+
+    def __init__(self, name: str, *, d_sae: int, device: str) -> None:
+        command = [sys.executable, "-m", "tests.benchmarks.sae_step", "--serve", name]
+        command += ["--d-sae", str(d_sae), "--device", device]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._read()  # that it is ready
+
+    def take_steps(self, n_steps: int) -> list[float]:
+        """Seconds of each."""
+        assert self._process.stdin
+        print(n_steps, file=self._process.stdin, flush=True)
+        return self._read()
+
+    def stop(self) -> int:
+        """End it; returns the bytes that it held at most, beside its inputs."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        peak = self._read()
+        self._process.wait()
+        return peak
+
+    def _read(self) -> Any:
+        assert self._process.stdout
+        return json.loads(self._process.stdout.readline())
 
 
-def time_turns(
-    variants: dict[str, Variant], *, d_sae: int, repeats: int, device: str
-) -> dict[str, float]:
-    """Median seconds of each variant; all are held at once, and take turns."""
+def serve(name: str, *, d_sae: int, device: str) -> None:
+    """Be a Worker's process."""
     inputs = draw_inputs(device)
-    steps = {name: variant.start(inputs, d_sae) for name, variant in variants.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(repeats + 1):
-        for name, step in steps.items():
+    before = read_status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+    step = list_variants()[name].start(inputs, d_sae)
+    print("true", flush=True)
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line)):
             wait(device)
             started = time.perf_counter()
             step()
             wait(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(found) for name, found in seconds.items()}
+            seconds.append(time.perf_counter() - started)
+        print(json.dumps(seconds), flush=True)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else read_status("VmHWM")
+    print(peak - before, flush=True)
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def read_status(field: str) -> int:
@@ -175,25 +210,19 @@ def read_status(field: str) -> int:
     raise LookupError(field)
 
 
-def print_peak(name: str, *, d_sae: int, device: str) -> None:
-    """Print the bytes that two steps of a variant add to their inputs at most."""
-    inputs = draw_inputs(device)
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
-        before = read_status("VmRSS")
-    step = list_variants()[name].start(inputs, d_sae)
-    step()
-    step()
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else read_status("VmHWM")
-    print(peak - before)
-
-
-def measure_peak(name: str, *, d_sae: int, device: str) -> int:
-    command = [sys.executable, "-m", "tests.benchmarks.sae_step", "--peak", name]
-    command += ["--d-sae", str(d_sae), "--device", device]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def time_turns(
+    names: Sequence[str], *, d_sae: int, repeats: int, device: str
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Median seconds of a step, and peak bytes, of each variant; they take turns."""
+    workers = {name: Worker(name, d_sae=d_sae, device=device) for name in names}
+    for worker in workers.values():
+        worker.take_steps(1)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(repeats):
+        for name, worker in workers.items():
+            seconds[name] += worker.take_steps(STEPS)[1:]
+    peaks = {name: worker.stop() for name, worker in workers.items()}
+    return {name: statistics.median(found) for name, found in seconds.items()}, peaks
 
 
 def report(seconds: dict[str, float], peaks: dict[str, int], *, d_sae: int) -> None:
@@ -204,7 +233,7 @@ def report(seconds: dict[str, float], peaks: dict[str, int], *, d_sae: int) -> N
         floor = variants[name].floor
         of_floor = f"{found / seconds[floor]:.2f}" if floor in seconds else ""
         speed = f"{seconds[DENSE] / found:.2f}" if DENSE in seconds else ""
-        peak = f"{peaks[name] / 2**20:.0f}" if name in peaks else ""
+        peak = f"{peaks[name] / 2**20:.0f}"
         # Of the products alone: what is done beside them does not count as work.
         flops = variants[name].n_products * 2 * BATCH * D_MODEL * d_sae / found
         print(
@@ -286,14 +315,14 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=15360)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", help="rows of the table; no JSON line")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--grid", action="store_true")
     parser.add_argument("--steps", type=int, default=8, help="of each run of --grid")
     parser.add_argument("--dir", type=Path, help="where --grid writes; default: a temporary folder")
     arguments = parser.parse_args()
     d_sae, device = arguments.d_sae, arguments.device
-    if arguments.peak:
-        print_peak(arguments.peak, d_sae=d_sae, device=device)
+    if arguments.serve:
+        serve(arguments.serve, d_sae=d_sae, device=device)
     elif arguments.grid:
         compare_grid(
             d_sae=d_sae, n_steps=arguments.steps, repeats=arguments.repeats, scratch=arguments.dir
@@ -303,16 +332,9 @@ def main() -> None:
 
 
 def compare_steps(only: list[str] | None, *, d_sae: int, repeats: int, device: str) -> None:
-    variants = list_variants()
-    if only:
-        variants = {name: variants[name] for name in only}
     print(f"{device}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
-    seconds = time_turns(variants, d_sae=d_sae, repeats=repeats, device=device)
-    peaks = {
-        name: measure_peak(name, d_sae=d_sae, device=device)
-        for name, variant in variants.items()
-        if not only and (variant.floor or name == DENSE)
-    }
+    names = only or list(list_variants())
+    seconds, peaks = time_turns(names, d_sae=d_sae, repeats=repeats, device=device)
     report(seconds, peaks, d_sae=d_sae)
     if not only:
         print(json.dumps(describe(seconds, peaks, device=device)))

@@ -2,7 +2,8 @@
 `python -m tests.benchmarks.train_from_store`.
 
 d_model 768, d_sae 15360, k 32, beta 1e5, batch 4096, all torch threads; the loop's own steps. The
-store is that of tests.benchmarks.stream, float16, warm. Runs of `--steps` steps take turns, each
+store is that of tests.benchmarks.stream, float16, warm; batches are float16 either way, and a step
+converts them. Runs of `--steps` steps take turns, each
 from fresh weights; a step is timed with the wait for its batch. Prints medians over all steps but
 each run's first, and one JSON line last: at most 1.02 is wanted.
 """
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import store
@@ -32,8 +34,9 @@ def time_steps(config: TrainConfig, batches: Iterable[store.Batch]) -> list[floa
     for batch in batches:
         if member is None:
             (spec,) = plan_members(config)
-            member = start_member(spec, config, batch.acts)
-        step_member(member, batch.acts, batch.grads, config=config, lr=config.lr, full=False)
+            member = start_member(spec, config, batch.acts.float())
+        acts, grads = batch.acts.float(), batch.grads.float()
+        step_member(member, acts, grads, config=config, lr=config.lr, full=False)
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
     return seconds[1:]
@@ -57,15 +60,16 @@ def main() -> None:
         "train.precision": arguments.precision,
     }
     config = load_config(PROFILE, changes).train
+    open_stream = partial(store.stream_batches, as_stored=True)
     with tempfile.TemporaryDirectory(dir=arguments.dir) as scratch:
         spec = make_spec("float16", "none", arguments.shards)
         opened = write_store(Path(scratch) / "store", spec)
         plan = plan_epochs(opened)
-        held = list(itertools.islice(store.stream_batches(opened, plan), arguments.steps))
+        held = list(itertools.islice(open_stream(opened, plan), arguments.steps))
         seconds: dict[str, list[float]] = {"store": [], "memory": []}
         for _ in range(arguments.repeats):
             for name, found in seconds.items():
-                stream = store.stream_batches(opened, plan) if name == "store" else iter(held)
+                stream = open_stream(opened, plan) if name == "store" else iter(held)
                 found += time_steps(config, itertools.islice(stream, arguments.steps))
                 del stream  # and its threads with it
     report({name: statistics.median(found) for name, found in seconds.items()})

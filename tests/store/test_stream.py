@@ -122,6 +122,23 @@ def test_scales_of_several_shards_meet_in_a_batch(tmp_path, acts, grads, compres
         assert_rows_equal(join(parts), expected)
 
 
+@pytest.mark.parametrize(
+    ("acts", "grads"), [("float16", "bfloat16"), ("float32", "int8"), ("bfloat16", "float16")]
+)
+def test_rows_as_stored_have_the_same_values(tmp_path, acts, grads):
+    opened = write_store(tmp_path / "out", make_spec(acts_dtype=acts, grads_dtype=grads))
+    planned = plan(opened, batch_size=7, epochs=2, exclude_positions=(1,))
+    as_stored = store.stream_batches(opened, planned, as_stored=True)
+    for found, expected in zip(as_stored, store.stream_batches(opened, planned), strict=True):
+        wanted = [
+            torch.float32 if name == "int8" else getattr(torch, name) for name in (acts, grads)
+        ]
+        assert [found.acts.dtype, found.grads.dtype] == wanted
+        assert_rows_equal(
+            found._replace(acts=found.acts.float(), grads=found.grads.float()), expected
+        )
+
+
 def test_an_epoch_has_every_row_once_and_is_exact(opened):
     found = names(stream(opened, batch_size=1))
     expected = all_rows(opened.spec)
