@@ -100,17 +100,16 @@ def patched_loss(
     replacement: Float[Tensor, "batch context d_model"],
     *,
     lengths: Int[Tensor, " batch"] | None = None,
-    precision: str = "float32",
 ) -> Float[Tensor, "batch context"]:
     """Cross-entropy of each row, in nats, with the activation at `hook` replaced; 0 on padding.
 
     replacement [batch, context, d_model] stands in for the site in all that the model computes
-    from it, at every position. tokens, lengths and precision as in `capture`. Raises ModelError if
-    the model lacks the hook, CaptureError if tokens or lengths are out of range.
+    from it, at every position. tokens and lengths as in `capture`. Raises ModelError if the model
+    lacks the hook, CaptureError if tokens or lengths are out of range.
     """
-    hidden = patched_hidden(model, tokens, hook, replacement, lengths=lengths, precision=precision)
     batch = _split_blocks(model, tokens, lengths)
-    return _spread(_score(model, hidden, batch, precision).loss, batch.real)
+    hidden = _run_patched(model, batch, hook, replacement)
+    return _spread(_score(model, hidden, batch, "float32").loss, batch.real)
 
 
 def patched_hidden(
@@ -120,15 +119,23 @@ def patched_hidden(
     replacement: Float[Tensor, "batch context d_model"],
     *,
     lengths: Int[Tensor, " batch"] | None = None,
-    precision: str = "float32",
 ) -> Float[Tensor, "batch context d_model"]:
     """What the unembedding reads in the run of `patched_loss`; raises what that does."""
+    return _run_patched(model, _split_blocks(model, tokens, lengths), hook, replacement)
+
+
+@torch.no_grad()
+def _run_patched(model: LanguageModel, batch: _Batch, hook: str, replacement: Tensor) -> Tensor:
     check_hooks(model, [hook])
-    batch = _split_blocks(model, tokens, lengths)
+    replacement = replacement.to(model.device, model.dtype)
     fired: list[str] = []
-    put_hooks = _replace(hook, replacement, fired, model, batch)
-    with torch.no_grad(), autocast(model, precision):
-        hidden = final_hidden(model.bridge, batch.inputs, put_hooks)
+
+    def put(value: Tensor, before: Tensor | None) -> Tensor:
+        _check_tap(hook, value, bool(fired), model, batch)
+        fired.append(hook)
+        return replacement if before is None else replacement - before
+
+    hidden = final_hidden(model.bridge, batch.inputs, _hooks_at(hook, put))
     if not fired:
         raise _not_once(hook, "none")
     return hidden
@@ -166,56 +173,34 @@ def _split_blocks(model: LanguageModel, tokens: Tensor, lengths: Tensor | None) 
 def _watch(hook: str, taps: dict[str, _Tap], model: LanguageModel, batch: _Batch) -> list[Hook]:
     """Hooks that put a node of the graph at a site and note it in `taps`."""
 
-    def as_node(value: Tensor) -> Tensor:
+    def tap(value: Tensor, before: Tensor | None) -> Tensor:
         _check_tap(hook, value, hook in taps, model, batch)
         # Exact, and keeps autocast's 16 bits out of the gradient.
         value = value.to(torch.promote_types(value.dtype, model.dtype))
-        return value if value.requires_grad else value.detach().requires_grad_()
-
-    def tap(value: Tensor, **_: Any) -> Tensor:
-        node = as_node(value)
-        taps[hook] = _Tap(node.detach(), node)
+        node = value if value.requires_grad else value.detach().requires_grad_()
+        taps[hook] = _Tap((node if before is None else before + node).detach(), node)
         return node
 
-    def tap_sum(value: Tensor, **_: Any) -> Tensor:
-        node = as_node(value)
-        taps[hook] = _Tap((before[0] + node).detach(), node)
-        return node
+    return _hooks_at(hook, tap)
 
-    if not hook.endswith(".hook_resid_mid"):
-        return [(hook, tap)]
-    # attn_out enters the model only through resid_pre + attn_out: the gradient there is the sum's.
+
+def _hooks_at(hook: str, act: Callable[[Tensor, Tensor | None], Tensor]) -> list[Hook]:
+    """`act` on a site's value and None; at resid_mid, on attn_out's and resid_pre's.
+
+    attn_out enters the model only through resid_pre + attn_out: the gradient there is the sum's.
+    """
     before: list[Tensor] = []
-    return _around_attention(hook, before, tap_sum)
-
-
-def _replace(
-    hook: str, replacement: Tensor, fired: list[str], model: LanguageModel, batch: _Batch
-) -> list[Hook]:
-    """Hooks that put `replacement` in a site's place and note it in `fired`."""
-    replacement = replacement.to(model.device, model.dtype)
-    before: list[Tensor] = []
-
-    def put(value: Tensor, **_: Any) -> Tensor:
-        _check_tap(hook, value, bool(fired), model, batch)
-        fired.append(hook)
-        return replacement - before[0] if before else replacement
-
-    if not hook.endswith(".hook_resid_mid"):
-        return [(hook, put)]
-    return _around_attention(hook, before, put)
-
-
-def _around_attention(
-    hook: str, before: list[Tensor], at_attn_out: Callable[..., Tensor]
-) -> list[Hook]:
-    """For a hook at resid_mid: note resid_pre in `before`, then act at attn_out."""
 
     def keep(value: Tensor, **_: Any) -> None:
         before.append(value)
 
+    def at_site(value: Tensor, **_: Any) -> Tensor:
+        return act(value, before[-1] if before else None)
+
+    if not hook.endswith(".hook_resid_mid"):
+        return [(hook, at_site)]
     block = hook.removesuffix("hook_resid_mid")
-    return [(f"{block}hook_resid_pre", keep), (f"{block}hook_attn_out", at_attn_out)]
+    return [(f"{block}hook_resid_pre", keep), (f"{block}hook_attn_out", at_site)]
 
 
 def _check_tap(hook: str, value: Tensor, fired: bool, model: LanguageModel, batch: _Batch) -> None:

@@ -2,7 +2,7 @@
 
     <folder>/<training>-<step>/state.safetensors           tensors: weights, Adam, counters, RNG
     <folder>/<training>-<step>/history/<member>.parquet    the rows logged so far
-    <folder>/<training>-<step>/state.json                  step, place in the stream, SHA-256 of all
+    <folder>/<training>-<step>/state.json                  step, order, versions, SHA-256 of all
 
 <training> is a hash of the settings and the stream: another training does not go on from it. A
 checkpoint is written under a temporary name, made durable and renamed; the last two are kept.
@@ -47,6 +47,7 @@ class Checkpoint(NamedTuple):
     failed: dict[str, str]  # why members stopped, by name
     tensors: dict[str, Tensor]  # "<member>/<name>" as in `list_state`, and "rng"
     rows: dict[str, list[Row]]  # logged steps, by member
+    versions: dict[str, str]  # of python and the packages that took the last steps, if known
 
 
 class _State(Section):
@@ -60,6 +61,7 @@ class _State(Section):
     batch: Index
     failed: dict[str, str]
     members: Annotated[tuple[str, ...], Field(strict=False)]  # those with history
+    versions: dict[str, str] = Field(default_factory=dict)  # earlier checkpoints have none
     files: dict[str, _Sha256]
 
 
@@ -157,6 +159,7 @@ def _write_files(part: Path, checkpoint: Checkpoint, training: str) -> None:
         batch=checkpoint.stream.batch,
         failed=checkpoint.failed,
         members=tuple(checkpoint.rows),
+        versions=checkpoint.versions,
         files={path.relative_to(part).as_posix(): _hash_file(path) for path in files},
     ).model_dump(mode="json")
     write_json(part / STATE_NAME, {"state": state, "sha256": name_training(state)})
@@ -183,6 +186,7 @@ def _read(path: Path, training: str) -> Checkpoint:
         failed=state.failed,
         tensors=load_file(path / TENSORS_NAME),
         rows={name: read_history(path / "history" / f"{name}.parquet") for name in state.members},
+        versions=state.versions,
     )
 
 

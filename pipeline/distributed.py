@@ -34,7 +34,7 @@ class Place(NamedTuple):
 class DistributedGroup(Group):
     """The processes of torch.distributed's default group, which is open.
 
-    Both methods wait for all processes, which have to call them in the same order, and raise
+    All methods wait for all processes, which have to call them in the same order, and raise
     TrainError where another one has ended or does not answer in time.
     """
 

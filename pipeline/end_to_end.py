@@ -151,6 +151,9 @@ def make_step(
 
     Differs: p is of the stored activation, rounded to the store's numbers, not of the model's own;
     without the paper's L1 penalty, for TopK needs none. It names no position that is left out.
+
+    A process whose blocks have no row to patch gives a step of no rows. Raises TrainError, in all
+    processes, where none of them has one.
     """
     acts = batch.acts.to(model.device)
     tokens = batch.tokens.to(model.device).long()
@@ -158,16 +161,18 @@ def make_step(
     real = position < batch.lengths.to(model.device)[:, None]
     left_out = torch.isin(position, torch.tensor(list(exclude_positions), device=model.device))
     patched = real & ~left_out
-    counts = torch.stack([patched.sum(), real.sum()])
-    n_patched = int(counts[0])
-    if n_patched == 0:
+    n_patched = int(patched.sum())
+    n_all_patched, n_all_real = group.sum(torch.stack([patched.sum(), real.sum()])).tolist()
+    if n_all_patched == 0:
         raise TrainError(
             f"blocks {batch.block.tolist()[:5]}: expected rows beyond exclude_positions, got none. "
             "Raise --batch-size."
         )
+    rows = (acts[patched], batch.grads.to(model.device)[patched], tokens[patched])
+    if n_patched == 0:
+        return EndToEndStep(*rows, torch.sum)  # 0: what is not patched does not diverge
     # take_step weighs each process's loss by its share of the rows that it patches.
-    all_patched, all_real = group.sum(counts).tolist()
-    scale = all_patched / all_real / n_patched
+    scale = n_all_patched / n_all_real / n_patched
     unembedding = model.unembedding
     if precision == "bfloat16":
         unembedding = reduce_precision(unembedding, torch.bfloat16)
@@ -183,8 +188,7 @@ def make_step(
         residual = acts.to(model.dtype).index_put((patched,), recon.to(model.dtype))
         return row_divergences(run(residual), original, unembedding).sum() * scale
 
-    grads = batch.grads.to(model.device)
-    return EndToEndStep(acts[patched], grads[patched], tokens[patched], divergence)
+    return EndToEndStep(*rows, divergence)
 
 
 def count_lower_blocks(hook: str) -> int:

@@ -42,6 +42,7 @@ from pipeline.sae.group import ALONE, Group
 from pipeline.sae.learning import Objective
 from pipeline.schedules import find_k, find_lr
 from store.crash import crash_point
+from store.identity import diff_identities
 from store.stream_plan import StreamState
 
 # Settings of which each member has one value, by another key.
@@ -102,8 +103,9 @@ def train(
 
     open_stream(i) gives the batches from batch i on, and of them this process's rows. `order` names
     the batches; with it checkpoints are written, and an interrupted training with the same settings
-    goes on from its last one. `keep` are finished members, by name, that become part of the run as
-    they are. `n_tokens` is the vocabulary's size, for tokenized SAEs. Of the processes of `group`
+    goes on from its last one, which `tell` is told where other versions of the code (`provenance`)
+    wrote it. `keep` are finished members, by name, that become part of the run as they are.
+    `n_tokens` is the vocabulary's size, for tokenized SAEs. Of the processes of `group`
     the first alone writes, logs and tells. `provenance` (hook, store, versions) goes into the
     configs as it is. Everything is written to a sibling of `out` that takes its place at the end,
     so that a run that fails leaves a former one as it was.
@@ -128,17 +130,20 @@ def train(
     training = name_training({"recipes": recipes, "log_every": config.log_every})
     checkpoints = locate_checkpoints(out)
     settings = exact.model_dump(mode="json", exclude=_AXES)
+    versions = facts.get("versions", {})
 
     with open_run(out) if leads else nullcontext(locate_work(out)) as work:
         saved = read_newest(checkpoints, training=training, tell=tell) if order else None
-        saved = saved or Checkpoint(0, 0, StreamState(order or "", 0), {}, {}, {})
-        step, tokens, _, failed, _, rows = saved
+        saved = saved or Checkpoint(0, 0, StreamState(order or "", 0), {}, {}, {}, versions)
+        step, tokens, _, failed, _, rows, _ = saved
         _check_same_step(group, step, checkpoints)
         members = resume_members(
             specs, exact, saved, d_model, device, n_tokens=n_tokens, group=group
         )
         if step:
             tell(f"going on after step {step} of {n_steps}, from the checkpoint in {checkpoints}")
+        if changed := diff_identities(saved.versions, versions):
+            tell(f"steps so far were of other versions than those to come: {'; '.join(changed)}")
 
         logs = open_loggers(config.loggers, work, run=out.name, settings=settings, past=rows)
         with logs if leads else nullcontext(_ignore) as log:
@@ -190,10 +195,11 @@ def train(
                 crash_point("train:after-step")
                 if saving and order and leads:
                     state = collect_state(members) | {"rng": torch.get_rng_state()}
-                    now = Checkpoint(step, tokens, StreamState(order, step), failed, state, rows)
+                    place = StreamState(order, step)
+                    now = Checkpoint(step, tokens, place, failed, state, rows, versions)
                     write_checkpoint(checkpoints, now, training=training)
                 if stopping:
-                    _meet(group)  # one that ends sooner would have the others ended by torchrun
+                    group.meet()  # one that ends sooner would have the others ended by torchrun
                     then = ", which is saved. Run the same command again to go on" if order else ""
                     raise KeyboardInterrupt(f"Stopped after step {step} of {n_steps}{then}.")
 
@@ -219,7 +225,7 @@ def train(
                     **facts,
                 },
             )
-    _meet(group)
+    group.meet()
     return {member.spec.name: _pick_metrics(rows[member.spec.name][-1]) for member in members}
 
 
@@ -286,11 +292,6 @@ def _step_members(
 def _anyone(group: Group, says: Callable[[], bool] | None) -> bool:
     """Whether any process of the group says so: all of them must do the same."""
     return bool(group.sum(torch.tensor(int(says() if says else False))))
-
-
-def _meet(group: Group) -> None:
-    """Wait until all processes are here, and so until the first one has written what it writes."""
-    group.sum(torch.zeros(()))
 
 
 def _describe(report: StepReport, name: str) -> Row:

@@ -117,7 +117,7 @@ def run_training(
     leads = group.rank == 0
     if leads:
         restore_run(out)
-    _meet(group)
+    group.meet()
     kept = {} if overwrite else find_finished(out, recipes)
     if _ask_first(group, len(kept) == len(recipes)):
         if leads:
@@ -138,7 +138,7 @@ def run_training(
         should_stop=should_stop,
     )
     with lock_run(out) if leads else nullcontext():
-        _meet(group)
+        group.meet()
         # Only now: another process may have written the run until it gave up the lock.
         kept = {} if overwrite else find_finished(out, recipes)
         if tell and kept and leads:
@@ -172,11 +172,6 @@ def _train_courses(
         kept = find_kept()
     if lost:
         raise lost
-
-
-def _meet(group: Group) -> None:
-    """Wait for all processes."""
-    group.sum(torch.zeros(()))
 
 
 def _ask_first(group: Group, answer: bool) -> bool:
@@ -255,6 +250,12 @@ def _plan_end_to_end(
     assert model is not None, "end-to-end members need the language model"
     store, manifest = plan.store, plan.store.manifest
     blocks = plan_blocks(store, batch_size=config.batch_size, epochs=config.epochs)
+    if blocks.batch_blocks < group.world_size:
+        raise TrainError(
+            f"train.batch_size: expected at least a block of {manifest.context_length} positions "
+            f"for each of {group.world_size} processes, got {config.batch_size}. Raise "
+            "--batch-size or lower --nproc-per-node."
+        )
     rows = plan.n_steps * config.batch_size
     n_steps = max(1, min(blocks.n_batches, rows // (blocks.batch_blocks * manifest.context_length)))
     decisive = (

@@ -43,6 +43,7 @@ def make_checkpoint(step: int) -> Checkpoint:
             "rng": torch.arange(200, dtype=torch.uint8),
         },
         rows={"k3-beta0": [make_row(1), make_row(step)], "k3-beta9": []},
+        versions={"python": "3.11.1", "gsae-pipeline": "0.1.0"},
     )
 
 

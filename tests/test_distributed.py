@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import socket
@@ -22,11 +23,11 @@ from pipeline.distributed import open_group
 from pipeline.errors import ConfigError
 from pipeline.sae.group import ALONE
 from tests.group_process import TIMEOUT_S, Trained, list_cases, load, start, train_case
-from tests.tiny import run_cli
+from tests.tiny import make_project, run_cli
 
 START_S = 60  # for processes with torch on a busy machine
-FORKS = multiprocessing.get_context("forkserver")  # of a process that imports torch once for all
-FORKS.set_forkserver_preload(["tests.group_process"])
+FORKS = multiprocessing.get_context("forkserver")  # of a process that imports all once
+FORKS.set_forkserver_preload(["tests.group_process", "transformer_lens.model_bridge"])
 
 
 def find_port() -> int:
@@ -183,9 +184,9 @@ def project(cached: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def check_as_alone(project: Path, out: str) -> None:
+def check_as_alone(project: Path, out: str, members: tuple[str, ...] = MEMBERS) -> None:
     """The weights are one process's, and so is every step's loss: no row came twice or never."""
-    for member in MEMBERS:
+    for member in members:
         alone, got = (project / "runs" / name / member for name in ("alone", out))
         weights = load_file(got / "sae.safetensors")
         for name, expected in load_file(alone / "sae.safetensors").items():
@@ -246,6 +247,33 @@ def test_25_torchrun_a_rank_dies_and_other_numbers_of_ranks_go_on(
         patch.chdir(project)
         assert run_cli(*command) == 0
     check_as_alone(project, "again")
+
+
+def test_25_end_to_end_too_where_blocks_have_unequal_lengths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two dies after step 5; three go on after step 3."""
+    project, rng = make_project(tmp_path / "project"), random.Random(0)
+    for i in range(300):  # from one row, of position 0 alone, to as many as a block has
+        text = "".join(rng.choices("abcdefgh", k=rng.choice((2, 9, 14))))
+        (project / "texts" / f"short{i}.txt").write_text(text)
+    monkeypatch.chdir(project)
+    assert run_cli("cache", "--set", "corpus.packing=per_document", "--out", "stores/tiny") == 0
+    command = ("train", "--architecture", "end_to_end", "--beta", "1e4", "--batch-size", "96")
+    command = (*command, *TRAIN[7:])
+    assert run_cli(*command, "--out", "runs/alone") == 0
+
+    command = (*command, "--out", "runs/again")
+    (project / "token").touch()
+    kill = {"STORE_CRASH_POINT": "train:after-step", "STORE_CRASH_TOKEN": "token"}
+    for n, environment in ((2, kill | {"STORE_CRASH_SKIP": "4"}), (3, {})):
+        with start_group(n, project, "command", *command, **environment) as processes:
+            for process in processes:
+                process.join(START_S)
+            codes = sorted(process.exitcode for process in processes)
+            assert codes == ([-signal.SIGKILL, 1] if n == 2 else [0, 0, 0])
+    assert "going on after step 3 of 12" in (project / "0.err").read_text()
+    check_as_alone(project, "again", ("end_to_end-k4-beta1e4",))
 
 
 def test_one_process_of_a_group_prints_and_writes(project: Path) -> None:

@@ -1,11 +1,14 @@
 """End-to-end training against full runs of the model and plain autograd, in float64."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
 from pipeline.capture import capture
+from pipeline.config import load_config
 from pipeline.end_to_end import (
     count_lower_blocks,
     make_step,
@@ -17,6 +20,7 @@ from pipeline.errors import TrainError
 from pipeline.model import LanguageModel, Unembedding, load_model, name_site
 from pipeline.sae import TopKSAE, init_weights, start_learning, take_step
 from pipeline.sae.group import Group
+from pipeline.training import plan_courses, plan_training
 from pipeline.upper import run_upper
 from store.blocks import BlockBatch
 from store.reader import open_store
@@ -253,6 +257,36 @@ def test_a_batch_without_rows_to_patch_is_refused(gpt2):
     batch = draw_blocks(gpt2, (1, 1))
     with pytest.raises(TrainError, match="expected rows beyond exclude_positions, got none"):
         make_step(gpt2, batch, n_lower=2, exclude_positions=(0,))
+
+
+def test_a_process_without_rows_to_patch_has_a_part_that_is_zero(gpt2):
+    class Second(Group):
+        def sum(self, tensor: Tensor) -> Tensor:
+            return tensor + torch.tensor([3, 4])  # of the first process
+
+    whole = draw_blocks(gpt2, (1, 1))
+    for n_blocks in (2, 0):
+        batch = BlockBatch(*(column[:n_blocks] for column in whole))
+        step = make_step(gpt2, batch, n_lower=2, exclude_positions=(0,), group=Second())
+        assert step.acts.shape == step.grads.shape == (0, D_MODEL)
+        recon = step.acts.clone().requires_grad_()
+        loss = step.objective(recon)
+        loss.backward()
+        assert loss == 0
+
+
+def test_a_batch_with_fewer_blocks_than_processes_is_refused(cached):
+    changes = {"train.architectures": ["end_to_end"], "train.batch_size": 47}
+    config = load_config(cached / "configs" / "tiny.yaml", changes)
+    plan = plan_training(config.train, cached / "stores" / "tiny")
+    group = Group()
+    for group.world_size, refused in ((2, False), (3, True)):
+        with (
+            pytest.raises(TrainError, match="a block of 16 positions for each of 3 processes")
+            if refused
+            else nullcontext()
+        ):
+            plan_courses(plan, config.train, device="cpu", model=config.model, group=group)
 
 
 @pytest.fixture(scope="module")

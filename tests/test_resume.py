@@ -1,5 +1,6 @@
 """Training killed at any step and run again: the bytes of an undisturbed run."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -156,6 +157,20 @@ def test_what_decides_nothing_may_change(tmp_path: Path, undisturbed: dict[str, 
     die("train:after-step", 5, tmp_path / "run", GRID.model_copy(update={"checkpoint_every": 2}))
     assert "going on after step 4" in run(tmp_path / "run")[0]
     assert read_results(tmp_path / "run") == undisturbed
+
+
+def test_going_on_under_other_versions_is_told(tmp_path: Path) -> None:
+    asked, heard = iter([True, True, True, *[False] * N_STEPS]), []
+    for version in ("0.1", "0.1", "0.2", "0.2"):
+        heard.append(said := [])
+        facts = {"versions": {"gsae-pipeline": version, "torch": "2.9"}}
+        changes = {"provenance": facts, "tell": said.append, "should_stop": lambda: next(asked)}
+        with contextlib.suppress(KeyboardInterrupt):
+            run(tmp_path / "run", **changes)
+    told = "of other versions than those to come: gsae-pipeline: expected '0.1', got '0.2'"
+    assert [sum(told in line for line in said) for said in heard] == [0, 0, 1, 0]
+    assert ["going on after" in "".join(said) for said in heard] == [False, True, True, True]
+    assert (tmp_path / "run").is_dir()
 
 
 def test_a_stop_saves_first(tmp_path: Path, undisturbed: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ sensitivity   Fig. 2                      perturbation   Fig. 3
 fronts        Fig. 4                      steering       Figs. 5 and 6
 density       Table 1, 4.3 and Fig. 8     splitting      Fig. 8 and Table 2
 bootstrap     intervals                   claims         which of the paper's hold
+sizes         whether model and text are enough for all of it
 """
 
 from pipeline.evaluate.measure import evaluate_saes

@@ -21,6 +21,17 @@ def check_tokens(model: LanguageModel, n: int) -> None:
         )
 
 
+def find_norm(model: LanguageModel) -> nn.Module:
+    """The norm before the unembedding; raises ModelError where there is none by its name."""
+    norm = getattr(model.bridge, "ln_final", None)
+    if norm is None:
+        raise ModelError(
+            f"final norm of {model.facts.name}: expected ln_final, got none. Leave steering out "
+            "with `--set evidence.steering_latents=0`."
+        )
+    return norm
+
+
 @torch.no_grad()
 def read_direct_map(model: LanguageModel) -> Float[Tensor, "d_model d_vocab"]:
     """W_U with the final norm in it, centred: what a direction adds to the logits, but for the
@@ -33,16 +44,9 @@ def read_direct_map(model: LanguageModel) -> Float[Tensor, "d_model d_vocab"]:
     (Olmo et al. 2024, Fig. 5, whose W_U TransformerLens has folded and centred.) The norm is
     measured, not looked up: LayerNorm, RMSNorm and those already folded give the same map.
 
-    Float32, or the model's own numbers where those are wider. Raises ModelError where the model has
-    no final norm by that name.
+    Float32, or the model's own numbers where those are wider. Raises what `find_norm` does.
     """
-    norm = getattr(model.bridge, "ln_final", None)
-    if norm is None:
-        raise ModelError(
-            f"final norm of {model.facts.name}: expected ln_final, got none. Leave steering out "
-            "with `--set evidence.steering_latents=0`."
-        )
-    gain, centres = _probe_norm(norm, model)
+    gain, centres = _probe_norm(find_norm(model), model)
     direct = model.unembedding.weight.to(gain.dtype).T * gain[:, None]
     if centres:
         direct = direct - direct.mean(0)

@@ -15,17 +15,9 @@ from pipeline.evaluate.claims_of_tables import (
     decide_sensitivity,
     decide_splitting,
 )
-from pipeline.evaluate.comparisons import (
-    Evidence,
-    Key,
-    Pair,
-    Resampled,
-    compare,
-    compare_share,
-    plan_pairs,
-    resample_all,
-)
+from pipeline.evaluate.comparisons import Key, Resampled, compare, compare_share, resample_all
 from pipeline.evaluate.faithfulness import MODES
+from pipeline.evaluate.pairs import Evidence, Pair, plan_pairs
 from pipeline.evaluate.verdicts import Claim, Side, make_claim
 
 _MODES = {"with_gradient": "with ∇ at inference", "without_gradient": "without ∇ at inference"}

@@ -5,15 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.evaluate.bootstrap import Interval
-from pipeline.evaluate.comparisons import (
-    Comparison,
-    Evidence,
-    Pair,
-    Rows,
-    compare_intervals,
-    divide_intervals,
-    plan_pairs,
-)
+from pipeline.evaluate.comparisons import Comparison, compare_intervals, divide_intervals
+from pipeline.evaluate.pairs import Evidence, Pair, Rows, plan_pairs
 from pipeline.evaluate.verdicts import Claim, make_claim
 
 FIRST_SENSITIVE_LAYER = 3  # of the paper's Fig. 2

@@ -1,4 +1,4 @@
-"""Which SAEs are compared with which, and by how much they differ.
+"""By how much SAEs differ.
 
 Everything is resampled before it is compared: figures over text in the same resamplings of whole
 documents for all SAEs, so that what the text does to both cancels; figures over latents
@@ -6,11 +6,11 @@ independently, for two dictionaries share no latent.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.evaluate.activity import Activity
@@ -22,24 +22,10 @@ from pipeline.evaluate.bootstrap import (
     sum_by,
 )
 from pipeline.evaluate.faithfulness import RESAMPLE, Sums
+from pipeline.evaluate.pairs import Evidence
 from pipeline.evaluate.steering import RANDOM
-from pipeline.paths import format_number
 
-Rows = Sequence[Mapping[str, Any]]
 Key = tuple[str, str, str]  # figure, SAE or control, mode
-
-
-class Evidence(NamedTuple):
-    """All that claims are decided from."""
-
-    saes: Mapping[str, Mapping[str, Any]]  # metrics["saes"], with seed and gradient
-    controls: Mapping[str, Mapping[str, Any]]  # metrics["controls"]
-    sums: Mapping[tuple[str, str], Sums]  # by SAE or control, and mode
-    activities: Mapping[str, Mapping[str, Activity]]  # by SAE and mode
-    tables: Mapping[str, Rows]  # the other measurements', by name; those not made are not there
-    alpha: float  # length at which steering is compared, as in the table
-    draws: int  # resamplings
-    documents: Int[Tensor, " blocks"] | None = None  # of each block of the sums; None: its own
 
 
 class Resampled(NamedTuple):
@@ -47,35 +33,6 @@ class Resampled(NamedTuple):
 
     draws: Float[Tensor, " draws_and_one"]
     units: str  # what is resampled, and how many there are: "40 documents"
-
-
-class Spec(NamedTuple):
-    """What SAEs of several seeds have in common."""
-
-    architecture: str
-    k: int
-    d_sae: int
-    beta: float
-    loss_tokens: int  # 0 of beta 0
-    gradient: str  # that it was trained with: full | shuffled | own; of beta 0: ""
-
-    def describe(self) -> str:
-        """What sets it apart from others of its kind: "k = 32, d_sae = 2048, β = 3e4 / 255"."""
-        beta = format_number(self.beta) + (f" / {self.loss_tokens}" if self.loss_tokens else "")
-        return f"k = {self.k}, d_sae = {self.d_sae}, β = {beta}"
-
-    @property
-    def name(self) -> str:
-        """Its architecture, as it is written in words."""
-        return "TopK" if self.architecture == "topk" else self.architecture.replace("_", " ")
-
-
-class Pair(NamedTuple):
-    """SAEs to compare, seed by seed."""
-
-    spec: Spec  # of ours
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]  # one for each of ours, of the same seed
 
 
 class Comparison(NamedTuple):
@@ -87,47 +44,6 @@ class Comparison(NamedTuple):
     high: float
     by_seed: tuple[float, ...]
     side: int  # 1: ours is larger, -1: smaller, by the interval and in every seed; 0: undecided
-
-
-def plan_pairs(evidence: Evidence, rival: str) -> list[Pair]:
-    """Each g-SAE (beta > 0, all later losses' gradient) with its rival of the same architecture, k
-    and size.
-
-    rival "plain" is trained with beta 0, "label" the same given the gradient at inference,
-    "shuffled" and "own" with another gradient and the same beta; "random" are directions that no
-    SAE has learned. Only seeds that both have count.
-    """
-    groups: dict[Spec, dict[Any, str]] = {}
-    for name, facts in evidence.saes.items():
-        groups.setdefault(_specify(facts), {})[facts.get("seed")] = name
-    steered = {
-        (control["of"], control["beta"], control.get("loss_tokens") or 0): name
-        for name, control in evidence.controls.items()
-        if control["of"]
-    }
-    pairs = []
-    for spec, ours in sorted(groups.items()):
-        if spec.gradient != "full":
-            continue
-        theirs = groups.get(
-            spec._replace(gradient=rival)
-            if rival in ("shuffled", "own")
-            else spec._replace(beta=0.0, loss_tokens=0, gradient=""),
-            {},
-        )
-        if rival == "random":
-            theirs = dict.fromkeys(ours, RANDOM)
-        if rival == "label":
-            found = {
-                seed: steered.get((name, spec.beta, spec.loss_tokens))
-                for seed, name in theirs.items()
-            }
-            theirs = {seed: name for seed, name in found.items() if name}
-        seeds = [seed for seed in ours if seed in theirs]
-        if seeds:
-            names = (tuple(side[seed] for seed in seeds) for side in (ours, theirs))
-            pairs.append(Pair(spec, *names))
-    return pairs
 
 
 def resample_all(evidence: Evidence) -> dict[Key, Resampled]:
@@ -288,13 +204,6 @@ def divide_intervals(a: Interval, b: Interval) -> Interval:
 
 def _share(plain: Tensor, given: Tensor, trained: Tensor) -> Tensor:
     return (plain - given) / (plain - trained)
-
-
-def _specify(facts: Mapping[str, Any]) -> Spec:
-    beta = float(facts["beta"] or 0)
-    gradient = (facts.get("gradient") or "full") if beta else ""
-    loss_tokens = (facts.get("loss_tokens") or 0) if beta else 0
-    return Spec(facts["architecture"], facts["k"], facts["d_sae"], beta, loss_tokens, gradient)
 
 
 def _read_steering(evidence: Evidence, name: str) -> Float[Tensor, "latents 2"]:

@@ -9,21 +9,20 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.corpus.reader import Corpus
 from pipeline.evaluate.claims import decide_claims
-from pipeline.evaluate.comparisons import Evidence
 from pipeline.evaluate.controls import list_controls
 from pipeline.evaluate.density import list_firing_curves, measure_dead, measure_medians
 from pipeline.evaluate.faithfulness import MODES
 from pipeline.evaluate.fronts import list_fronts
 from pipeline.evaluate.measure import Measured
-from pipeline.evaluate.perturbation import measure_perturbation
+from pipeline.evaluate.pairs import Evidence
+from pipeline.evaluate.perturbation import list_sites, measure_perturbation
 from pipeline.evaluate.sensitivity import measure_sensitivity
 from pipeline.evaluate.splitting import measure_splitting
 from pipeline.evaluate.steering import measure_steering
-from pipeline.model import LanguageModel, name_site
+from pipeline.model import LanguageModel
 from pipeline.sae import SparseAutoencoder
 
 Rows = list[dict[str, Any]]
-_SITES = ("resid_post", "mlp_out")  # of Fig. 3: named by its caption, and by the text
 
 
 class Scene(NamedTuple):
@@ -107,19 +106,15 @@ def _measure_sensitivity(scene: Scene, config: Config) -> dict[str, Rows]:
 
 
 def _measure_perturbation(scene: Scene, config: Config) -> dict[str, Rows]:
-    evidence, model = config.evidence, scene.model
-    layers = evidence.perturbation_layers
-    layers = range(model.facts.n_layers) if layers is None else layers
-    offered = [
-        site for site in _SITES if all(name_site(layer, site) in model.sites for layer in layers)
-    ]
-    if not offered:  # as where blocks are not what the sites' equations say
+    evidence = config.evidence
+    sites = list_sites(scene.model, evidence.perturbation_layers)
+    if not sites:
         return {}
     rows = measure_perturbation(
-        model,
+        scene.model,
         scene.corpus,
-        sites=offered,
-        layers=layers,
+        sites=sites,
+        layers=evidence.perturbation_layers,
         sizes=evidence.perturbation_sizes,
         n_samples=evidence.perturbation_samples,
         context=evidence.perturbation_context,

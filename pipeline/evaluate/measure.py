@@ -102,6 +102,18 @@ class _Pass(NamedTuple):
     measured: dict[str, Code]  # SAEs
     scales: dict[str, ScaleTotals]  # of those that select
 
+    def add(self, patcher: Patcher, batch: HeldOut, own_loss: Collection[str]) -> None:
+        """Measure one batch; SAEs named in `own_loss` see each token's own gradient."""
+        reference = patcher.look(batch)
+        own = _with_own_grads(patcher, batch) if own_loss else batch
+        for code in (*self.ablated.values(), *self.compared.values()):
+            code.add(patcher, batch, reference)
+        for name, code in self.measured.items():
+            seen = own if name in own_loss else batch
+            code.add(patcher, seen, reference, all_positions=True)
+            if name in self.scales:
+                self.scales[name].add(seen)
+
 
 @torch.no_grad()
 def evaluate_saes(
@@ -132,6 +144,8 @@ def evaluate_saes(
     out.
     """
     controls = controls or {}
+    about = {"hook": hook, "model": describe_model(model, hook)}
+    documents = label_documents(model, corpus, draw_blocks(corpus, n_tokens))
     patcher = Patcher(model, hook)
     codes = _Pass(
         ablated={
@@ -150,24 +164,15 @@ def evaluate_saes(
         n_tokens=n_tokens,
         batch_blocks=batch_blocks,
     ):
-        reference = patcher.look(batch)
-        own = _with_own_grads(model, batch, hook) if own_loss else batch
-        for code in (*codes.ablated.values(), *codes.compared.values()):
-            code.add(patcher, batch, reference)
-        for name, code in codes.measured.items():
-            seen = own if name in own_loss else batch
-            code.add(patcher, seen, reference, all_positions=True)
-            if name in codes.scales:
-                codes.scales[name].add(saes[name], seen)
+        codes.add(patcher, batch, own_loss)
         if on_progress:
             on_progress(int(batch.real.sum()))
-    about = {"hook": hook, "model": describe_model(model, hook)}
-    documents = label_documents(model, corpus, draw_blocks(corpus, n_tokens))
     return _gather(about, codes, saes, controls, documents, draws=bootstrap_draws)
 
 
-def _with_own_grads(model: LanguageModel, batch: HeldOut, hook: str) -> HeldOut:
+def _with_own_grads(patcher: Patcher, batch: HeldOut) -> HeldOut:
     """The batch with each row's gradient of its own loss in place of that of all later ones."""
+    model, hook = patcher.model, patcher.hook
     captured = capture(model, batch.tokens, (hook,), lengths=batch.lengths, loss="own")
     return batch._replace(grads=captured.grads[hook])
 

@@ -27,6 +27,7 @@ from pipeline.upper import run_upper
 TOKENS_AT_ONCE = 4096
 HALF_WIDTH = 3**0.5 / 2  # of the norms around their mean 1: their standard deviation is 1/2
 TAILS = (0.05, 0.95)
+SITES = ("resid_post", "mlp_out")  # of Fig. 3: named by its caption, and by the text
 
 
 class Setting(NamedTuple):
@@ -53,7 +54,7 @@ def measure_perturbation(
     model: LanguageModel,
     corpus: Corpus,
     *,
-    sites: Sequence[str] = ("resid_post", "mlp_out"),
+    sites: Sequence[str] = SITES,
     layers: Sequence[int] | None,
     sizes: Sequence[float],
     n_samples: int,
@@ -100,11 +101,23 @@ def measure_perturbation(
     ]
 
 
+def list_sites(model: LanguageModel, layers: Sequence[int] | None) -> list[str]:
+    """Those of SITES that the model offers in each of these layers, None: all. There is none where
+    blocks are not what the sites' equations say.
+    """
+    layers = range(model.facts.n_layers) if layers is None else layers
+    return [
+        site for site in SITES if all(name_site(layer, site) in model.sites for layer in layers)
+    ]
+
+
 def choose_sequences(
     corpus: Corpus, n: int, context: int, exclude_positions: Sequence[int] = ()
 ) -> Sequences:
-    """At most n held-out blocks, in their fixed random order, that have `context` rows."""
-    context = min(context, corpus.read_blocks("held_out", 0, 1).tokens.shape[1] - 1)
+    """At most n held-out blocks, in their fixed random order, that have `context` rows; raises
+    CorpusError if none has. Pure arithmetic on the blocks' lengths.
+    """
+    context = min(context, corpus.manifest.context_length)
     free = [position for position in range(context) if position not in exclude_positions]
     lengths, order = corpus.lengths("held_out"), draw_blocks(corpus, None)
     blocks = order[lengths[order] >= context][:n]

@@ -100,7 +100,6 @@ def steer(
     *,
     hook: str,
     length: float,
-    on_progress: Callable[[int], None] | None = None,
 ) -> SteeringEffect:
     """The effect [latents] of adding each direction at `length` to every steered position: the mean
     over positions and sequences.
@@ -111,8 +110,6 @@ def steer(
     for some, tokens in zip(unit.split(size), associated.split(size), strict=True):
         hidden = _run_steered(model, text, length * some, hook)
         parts.append(_compare(hidden, text.probs, tokens, model))
-        if on_progress:
-            on_progress(len(some) * text.tokens.numel())
     total, absolute = (torch.cat(column) for column in zip(*parts, strict=True))
     return SteeringEffect(total, -total, absolute)
 

@@ -2,13 +2,18 @@
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipeline.errors import PipelineError
+from pipeline.files import write_json
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -17,12 +22,14 @@ Rows = Sequence[Mapping[str, Any]]
 def replace_results(out: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `out` when all is written to it.
 
-    Where anything fails, `out` stays as it was. Raises PipelineError, before anything is measured,
-    if `out` is neither measurements nor empty nor missing, or cannot be written.
+    Where anything fails, `out` stays as it was; where a run died between the two renames, earlier
+    measurements are put back first. Raises PipelineError, before anything is measured, if `out` is
+    neither measurements nor empty nor missing, or cannot be written.
     """
-    _check_results(out)
     part, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("part", "old"))
     try:
+        _put_back(old, out)
+        _check_results(out)
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
         part.mkdir(parents=True)
@@ -37,8 +44,27 @@ def replace_results(out: Path) -> Iterator[Path]:
             out.rename(old)
         part.rename(out)
     finally:
+        _put_back(old, out)
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_results(
+    folder: Path, metrics: Mapping[str, Any], blocks: Rows, tables: Mapping[str, Rows]
+) -> None:
+    """All files of one evaluation; raises PipelineError if they cannot be written, as on a full
+    disk.
+    """
+    try:
+        write_json(folder / "metrics.json", metrics)
+        pq.write_table(pa.Table.from_pylist(list(blocks)), folder / "blocks.parquet")
+        write_tables(folder, tables)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise PipelineError(
+            f"results in {folder.parent}: expected room for the measurements, got {reason}. Make "
+            "some and run `pipeline evaluate` again; earlier measurements are as they were."
+        ) from None
 
 
 def write_tables(folder: Path, tables: Mapping[str, Rows]) -> None:
@@ -49,6 +75,12 @@ def write_tables(folder: Path, tables: Mapping[str, Rows]) -> None:
                 writer = csv.DictWriter(file, fieldnames=list(rows[0]))
                 writer.writeheader()
                 writer.writerows(rows)
+
+
+def _put_back(old: Path, out: Path) -> None:
+    """Earlier measurements whose place the new ones did not take."""
+    if old.exists() and not out.exists():
+        old.rename(out)
 
 
 def _check_results(out: Path) -> None:

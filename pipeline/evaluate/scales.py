@@ -28,22 +28,21 @@ class ScaleTotals:
     """
 
     def __init__(self, sae: SparseAutoencoder, loss_tokens: Sequence[int]) -> None:
-        self.own, self.beta = sae.loss_tokens, sae.beta
+        self.sae, self.own, self.beta = sae, sae.loss_tokens, sae.beta
         every = sorted({*loss_tokens, sae.loss_tokens})
         self.fired = dict.fromkeys(every, 0)
         self.shared = dict.fromkeys(every, 0)  # that fire without the gradient too
         self.gradient = dict.fromkeys(every, 0.0)  # |W_decᵀ ∇L| of those that fire
 
-    def add(self, sae: SparseAutoencoder, batch: HeldOut) -> None:
+    def add(self, batch: HeldOut) -> None:
         """Select one batch's patched rows once for each N, and once without the gradient."""
         columns = (batch.acts, batch.grads, batch.tokens[:, :-1])
         pieces = (column[batch.patched].split(ROWS_AT_ONCE) for column in columns)
         for acts, grads, tokens in zip(*pieces, strict=True):
-            self._add_rows(sae, acts, grads, tokens)
+            self._add_rows(acts, grads, tokens)
 
-    def _add_rows(
-        self, sae: SparseAutoencoder, acts: Tensor, grads: Tensor, tokens: Tensor
-    ) -> None:
+    def _add_rows(self, acts: Tensor, grads: Tensor, tokens: Tensor) -> None:
+        sae = self.sae
         plain = _keys(*list_fired(sae.encode(acts, None, tokens)), sae.d_sae)
         projected = (grads @ sae.W_dec.T).abs()
         for n in self.fired:

@@ -7,7 +7,7 @@ sample of held-out rows; L is the summed cross-entropy of x's block in nats, so 
 unit of activation. The means are over rows, and their intervals over blocks of text.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,7 +64,6 @@ def measure_sensitivity(
     batch_blocks: int,
     draws: int,
     seed: int = 0,
-    on_progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """A row per layer and direction: the mean of s(u), and its ratio to that of random directions.
 
@@ -86,31 +85,14 @@ def measure_sensitivity(
     row, which has no difference and no covariance.
     """
     hooks = resolve_hooks("resid_post", range(model.facts.n_layers), model.facts)
-    order = draw_blocks(corpus, None).tolist()
-    sample = plan_sample(
-        corpus.lengths("held_out").tolist(),
-        order,
-        n_rows=n_rows,
-        exclude_positions=exclude_positions,
-        seed=seed,
-    )
-    _check_sample(sample, corpus)
+    sample = choose_rows(corpus, n_rows, exclude_positions, seed=seed)
     references = read_references(
         model, corpus, sample.reference, hooks, batch_blocks=batch_blocks, seed=seed
     )
-    sums = torch.stack(
-        list(
-            _sum_blocks(
-                model,
-                corpus,
-                sample.measured,
-                references,
-                batch_blocks=batch_blocks,
-                seed=seed,
-                on_progress=on_progress,
-            )
-        )
+    blocks = _sum_blocks(
+        model, corpus, sample.measured, references, batch_blocks=batch_blocks, seed=seed
     )
+    sums = torch.stack(list(blocks))
     counts = torch.tensor([len(rows) for rows in sample.measured.values()], dtype=torch.float64)
     weights = draw_weights(len(counts), draws=draws, seed=seed)
     return [
@@ -118,6 +100,32 @@ def measure_sensitivity(
         for layer in range(len(hooks))
         for name, figures in summarise(sums[:, layer], counts, weights).items()
     ]
+
+
+def choose_rows(
+    corpus: Corpus, n_rows: int, exclude_positions: Sequence[int], *, seed: int = 0
+) -> Sample:
+    """`plan_sample` of the held-out blocks in their fixed random order; raises CorpusError if there
+    is too little text for it.
+    """
+    sample = plan_sample(
+        corpus.lengths("held_out").tolist(),
+        draw_blocks(corpus, None).tolist(),
+        n_rows=n_rows,
+        exclude_positions=exclude_positions,
+        seed=seed,
+    )
+    n_reference = sum(map(len, sample.reference.values()))
+    if sample.measured and n_reference > 1:
+        return sample
+    found = f"2 blocks with rows, got {len(sample.reference)}"
+    if sample.measured:
+        found = f"2 rows in the blocks set apart, got {n_reference}"
+    raise CorpusError(
+        f"held-out text at {corpus.folder}: expected at least {found} "
+        "(evidence.sensitivity_rows). Make a larger corpus with `pipeline corpus`, or leave this "
+        "out with `--set evidence.sensitivity_rows=0`."
+    )
 
 
 def plan_sample(
@@ -228,19 +236,6 @@ def summarise(
     }
 
 
-def _check_sample(sample: Sample, corpus: Corpus) -> None:
-    n_rows = sum(map(len, sample.reference.values()))
-    if sample.measured and n_rows > 1:
-        return
-    wanted = f"at least 2 blocks with rows, got {len(sample.reference)}"
-    if sample.measured:
-        wanted = f"at least 2 rows in the blocks set apart, got {n_rows}"
-    raise CorpusError(
-        f"held-out text at {corpus.folder}: expected {wanted}. Make a larger corpus with "
-        "`pipeline corpus`, or leave this out with `--set evidence.sensitivity_rows=0`."
-    )
-
-
 def _sum_blocks(
     model: LanguageModel,
     corpus: Corpus,
@@ -249,7 +244,6 @@ def _sum_blocks(
     *,
     batch_blocks: int,
     seed: int,
-    on_progress: Callable[[int], None] | None,
 ) -> Iterator[Float[Tensor, "layers directions_and_one"]]:
     """Each measured block's sums."""
     for ids, (tokens, lengths) in _pair_batches(corpus, blocks, batch_blocks):
@@ -265,8 +259,6 @@ def _sum_blocks(
                     for hook, reference in references.items()
                 ]
             )
-        if on_progress:
-            on_progress(int(lengths.sum()))
 
 
 def _pair_batches(

@@ -1,5 +1,5 @@
-"""Near-duplicates among decoder rows, and the gradients along them (Olmo et al. 2024, section 4.3,
-Fig. 8 bottom and Table 2).
+"""Gradients along decoder rows that have a near-duplicate, and along those that have none (Olmo et
+al. 2024, section 4.3, Fig. 8 bottom and Table 2).
 
 The paper's claim is that latents in the right tail, whose decoder rows lie close to another one,
 are those along which the loss changes most: the gradient's size rises from the left tail through
@@ -8,8 +8,7 @@ the middle to the right, and more so in the g-SAE.
 All of it is about live latents: a dead latent's row is what training left of its random start.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +26,11 @@ from pipeline.evaluate.held_out import (
     look_at,
     read_batches,
 )
+from pipeline.evaluate.neighbours import Picked, list_bins, pick_latents
 from pipeline.evaluate.scales import ROWS_AT_ONCE
 from pipeline.model import LanguageModel
 from pipeline.sae import SparseAutoencoder
 
-BIN_WIDTH = 0.025  # of the histogram
 GROUPS = ("left", "middle", "right")
 
 
@@ -41,27 +40,6 @@ class SplittingTables(NamedTuple):
     histogram: list[dict[str, Any]]  # splitting
     gradients: list[dict[str, Any]]  # splitting_gradients
     summary: list[dict[str, Any]]  # splitting_summary
-
-
-class Tails(NamedTuple):
-    """Places of latents in a list of cosines, equally many each."""
-
-    left: Int[Tensor, " n"]  # the lowest cosines
-    middle: Int[Tensor, " n"]  # those around the median
-    right: Int[Tensor, " n"]  # the highest
-
-
-class Picked(NamedTuple):
-    """What is measured of one SAE."""
-
-    live: Int[Tensor, " live"]  # latents; none where a single one is live, with none to be near
-    cosines: Float[Tensor, " live"]  # of each with its nearest
-    tails: Tails  # places in the two above
-
-    @property
-    def latents(self) -> Int[Tensor, " picked"]:
-        """Those of the left tail, then of the middle, then of the right."""
-        return self.live[torch.cat(self.tails)]
 
 
 class BlockSums(NamedTuple):
@@ -78,58 +56,6 @@ class GroupMeans(NamedTuple):
 
     gradient: Float[Tensor, "3 draws_and_one"]
     gradient_active: Float[Tensor, "3 draws_and_one"]  # over rows where the latent fires
-
-
-def nearest_cosines(W_dec: Float[Tensor, "latents d_model"]) -> Float[Tensor, " latents"]:
-    """Each row's cosine with its nearest other row.
-
-        c_i = max over j != i of (d_i . d_j) / (||d_i|| ||d_j||)
-
-    ROWS_AT_ONCE rows of the product exist at a time. A row of zeros has cosine 0 with all others; a
-    row alone has none to be near, and -inf.
-    """
-    units = normalize(W_dec.detach().float(), dim=-1)
-    nearest = []
-    for start in range(0, len(units), ROWS_AT_ONCE):
-        cosines = units[start : start + ROWS_AT_ONCE] @ units.T
-        cosines.diagonal(start).fill_(-math.inf)
-        nearest.append(cosines.amax(1).clamp(max=1))
-    return torch.cat(nearest) if nearest else units.new_empty(0)
-
-
-def pick_tails(cosines: Float[Tensor, " latents"], n: int) -> Tails:
-    """The n lowest, the n around the median, and the n highest; at most a third of all each."""
-    n = min(n, len(cosines) // 3)
-    order = cosines.argsort(stable=True)
-    middle = (len(order) - n) // 2
-    return Tails(order[:n], order[middle : middle + n], order[len(order) - n :])
-
-
-def list_bins(cosines: Float[Tensor, " latents"]) -> list[dict[str, float]]:
-    """Fraction of the latents in each bin, from the lowest cosine's to the one that ends at 1.
-
-    A bin holds its lower end; the last holds 1 too.
-    """
-    if len(cosines) == 0:
-        return []
-    last = round(1 / BIN_WIDTH) - 1
-    places = (cosines.double() / BIN_WIDTH).floor().long().clamp(max=last)
-    first = int(places.min())
-    fractions = torch.bincount(places - first, minlength=last - first + 1) / len(cosines)
-    return [
-        {"bin_low": i * BIN_WIDTH, "bin_high": (i + 1) * BIN_WIDTH, "fraction": fraction}
-        for i, fraction in enumerate(fractions.tolist(), first)
-    ]
-
-
-def pick_latents(
-    W_dec: Float[Tensor, "d_sae d_model"], live: Bool[Tensor, " d_sae"], n: int
-) -> Picked:
-    """The live latents, their cosines with the nearest live one, and n of each group."""
-    latents = live.to(W_dec.device).nonzero().squeeze(1)
-    latents = latents if len(latents) > 1 else latents[:0]
-    cosines = nearest_cosines(W_dec[latents])
-    return Picked(latents, cosines, pick_tails(cosines, n))
 
 
 @torch.no_grad()
@@ -181,19 +107,36 @@ def measure_splitting(
             sums[name].append(sum_batch(saes[name], batch, picked[name].latents))
     tables = SplittingTables([], [], [])
     for name, sae in saes.items():
-        means = by_document = None
-        if sums.get(name):
-            total = BlockSums(*(torch.cat(column) for column in zip(*sums[name], strict=True)))
-            means = resample_groups(total, draws=draws)
-            whole = BlockSums(*(sum_by(documents, column) for column in total))
-            by_document = resample_groups(whole, draws=draws)
-            groups = list_groups(picked[name], total, means, sae.loss_tokens)
-            tables.gradients.extend({"sae": name, **group} for group in groups)
-        tables.histogram.extend({"sae": name, **bar} for bar in list_bins(picked[name].cosines))
         about = {"sae": name, "d_sae": sae.d_sae, "live": int(live[name].sum())}
         about["documents"] = len(documents.unique())
-        tables.summary.append(about | summarise(picked[name].cosines, means, by_document))
+        groups, summary = describe_sae(
+            picked[name], sums.get(name, []), documents, sae.loss_tokens, draws=draws
+        )
+        tables.histogram.extend({"sae": name, **bar} for bar in list_bins(picked[name].cosines))
+        tables.gradients.extend({"sae": name, **group} for group in groups)
+        tables.summary.append(about | summary)
     return tables
+
+
+def describe_sae(
+    picked: Picked,
+    sums: Sequence[BlockSums],
+    documents: Tensor,
+    loss_tokens: int,
+    *,
+    draws: int,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One SAE's rows by group and its summary, from each batch's sums and their blocks' documents;
+    of no sums there is no group.
+    """
+    if not sums:
+        return [], summarise(picked.cosines, None, None)
+    total = BlockSums(*(torch.cat(column) for column in zip(*sums, strict=True)))
+    means = resample_groups(total, draws=draws)
+    whole = BlockSums(*(sum_by(documents, column) for column in total))
+    by_document = resample_groups(whole, draws=draws)
+    groups = list_groups(picked, total, means, loss_tokens)
+    return groups, summarise(picked.cosines, means, by_document)
 
 
 def sum_batch(sae: SparseAutoencoder, batch: HeldOut, latents: Int[Tensor, " picked"]) -> BlockSums:

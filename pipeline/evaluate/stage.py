@@ -9,24 +9,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from pipeline.baselines import fit_pca, read_rows
-from pipeline.config import Config, EvidenceConfig
+from pipeline.config import Config
 from pipeline.corpus.reader import Corpus, open_corpus
 from pipeline.device import pick_device
-from pipeline.errors import ConfigError
-from pipeline.evaluate.association import check_tokens
 from pipeline.evaluate.controls import Control, make_controls
 from pipeline.evaluate.evidence import Scene, list_tables
 from pipeline.evaluate.measure import evaluate_saes, list_blocks
-from pipeline.evaluate.results_folder import replace_results, write_tables
+from pipeline.evaluate.results_folder import replace_results, write_results
+from pipeline.evaluate.sizes import check_model, check_text
 from pipeline.evaluate.subjects import Subjects, load_subjects
-from pipeline.files import write_json
-from pipeline.model import LanguageModel, hash_weights, load_model, locate_checkpoint
+from pipeline.model import hash_weights, load_model, locate_checkpoint
 from store.errors import StoreMismatch
 from store.files import StoreFiles
 from store.identity import diff_identities
@@ -50,18 +46,18 @@ def evaluate_runs(
 
     Returns the metrics. Raises TrainError if a run is incomplete, was not trained from this store
     or does not belong beside the first, StoreMismatch if model or corpus are not those that the
-    store was made from, PipelineError if `out` cannot take the measurements.
+    store was made from, ConfigError, ModelError or CorpusError if the model lacks or the corpus
+    holds out too little of what the settings ask for, PipelineError if `out` cannot take the
+    measurements.
     """
     with replace_results(out) as folder:
         scene = set_scene(
             config, run_folders, corpus_folder, store, on_progress=on_progress or _ignore
         )
         tables = list_tables(scene, config, tell=tell or _ignore)
-        write_json(folder / "metrics.json", scene.measured.metrics)
-        blocks = pa.Table.from_pylist(list_blocks(scene.measured.sums))
-        pq.write_table(blocks, folder / "blocks.parquet")
-        write_tables(folder, tables)
-    return scene.measured.metrics
+        measured = scene.measured
+        write_results(folder, measured.metrics, list_blocks(measured.sums), tables)
+    return measured.metrics
 
 
 def set_scene(
@@ -84,7 +80,8 @@ def set_scene(
     corpus = open_corpus(corpus_folder)
     check_origin(opened, config, corpus, checkpoint)
     model = load_model(checkpoint, weight_processing=config.model.weight_processing, device=device)
-    check_sizes(config.evidence, model)
+    check_model(config.evidence, model)
+    check_text(config, corpus, model, run.exclude_positions)
     measured = evaluate_saes(
         model,
         corpus,
@@ -105,20 +102,6 @@ def set_scene(
     for name, sae in measured.metrics["saes"].items():
         sae |= subjects.facts[name]
     return Scene(model, corpus, subjects.saes, run.hook, run.exclude_positions, measured)
-
-
-def check_sizes(evidence: EvidenceConfig, model: LanguageModel) -> None:
-    """Raise ConfigError for what this model lacks, before anything is measured."""
-    if evidence.steering_latents:
-        check_tokens(model, evidence.steering_tokens)
-    n_layers = model.facts.n_layers
-    beyond = [layer for layer in evidence.perturbation_layers or () if layer >= n_layers]
-    if evidence.perturbation_samples and beyond:
-        raise ConfigError(
-            f"evidence.perturbation_layers: expected 0 to {n_layers - 1} ({model.facts.name} has "
-            f"{n_layers} blocks), got {beyond[0]}. Run with `--set "
-            "evidence.perturbation_layers=null` for all of them."
-        )
 
 
 def check_origin(store: ActivationStore, config: Config, corpus: Corpus, checkpoint: Path) -> None:

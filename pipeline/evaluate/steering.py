@@ -5,7 +5,7 @@ it predicted before: on the tokens that the direction raises by way of the unemb
 others. `pushes` has the equations.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +54,6 @@ def measure_steering(
     alpha: float,
     draws: int,
     seed: int = 0,
-    on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Steer up to n_latents live latents of every SAE on the same held-out sequences.
 
@@ -73,9 +72,8 @@ def measure_steering(
     measured, how long its sequences are, nor how its alpha (50 in Fig. 6, in units of the residual
     stream) compares with the stream's norm; all stand in the table.
 
-    on_progress is told of each batch's positions. Raises CorpusError where fewer than n_sequences
-    held-out blocks are `context` tokens long, ConfigError where n_tokens are not fewer than the
-    vocabulary.
+    Raises CorpusError where fewer than n_sequences held-out blocks are `context` tokens long,
+    ConfigError where n_tokens are not fewer than the vocabulary.
     """
     check_tokens(model, n_tokens)
     tokens = draw_sequences(corpus, n_sequences, context, seed=seed).to(model.device)
@@ -93,18 +91,16 @@ def measure_steering(
         directions = directions.to(model.device, direct.dtype)
         associated = associate(directions, direct, n_tokens)
         for length in sorted({*alphas, alpha}):
-            n = len(directions) if length == alpha else min(len(directions), SWEEP_LATENTS)
+            some = slice(None if length == alpha else SWEEP_LATENTS)
+            absolute = length * text.norm
             effect = steer(
-                model,
-                text,
-                directions[:n],
-                associated[:n],
-                hook=hook,
-                length=length * text.norm,
-                on_progress=on_progress,
+                model, text, directions[some], associated[some], hook=hook, length=absolute
             )
-            key = {"sae": name, "alpha": length, "alpha_absolute": length * text.norm}
-            rows.append(key | _summarise(effect, draws, seed) | {"n_latents": n} | facts)
+            rows.append(
+                {"sae": name, "alpha": length, "alpha_absolute": absolute}
+                | _summarise(effect, draws, seed)
+                | facts
+            )
             if length == alpha:
                 latent_rows += _list_latents(name, latents, length, effect)
     return {"steering": rows, "steering_latents": latent_rows}
@@ -136,27 +132,35 @@ def pick_directions(
 def draw_sequences(
     corpus: Corpus, n: int, context: int, *, seed: int
 ) -> Int[Tensor, "sequences context"]:
-    """The first `context` tokens of n random held-out blocks; raises CorpusError if so many are not
-    that long.
-    """
-    long = np.flatnonzero(corpus.lengths("held_out") >= context)
-    if len(long) < n:
-        raise CorpusError(
-            f"held-out text at {corpus.folder}: expected {n} blocks of at least {context} tokens, "
-            f"got {len(long)}. Lower evidence.steering_sequences or evidence.steering_context."
-        )
-    picked = np.random.default_rng(seed).permutation(long)[:n]
+    """The first `context` tokens of `choose_blocks`; raises what that does."""
+    picked = choose_blocks(corpus, n, context, seed=seed)
     blocks = [corpus.read_blocks("held_out", int(i), 1).tokens for i in picked]
     return torch.from_numpy(np.concatenate(blocks)[:, :context]).long()
 
 
+def choose_blocks(corpus: Corpus, n: int, context: int, *, seed: int = 0) -> np.ndarray:
+    """n random held-out blocks of at least `context` rows; raises CorpusError if there are fewer.
+    Pure arithmetic on the blocks' lengths.
+    """
+    long = np.flatnonzero(corpus.lengths("held_out") >= context)
+    if len(long) < n:
+        raise CorpusError(
+            f"held-out text at {corpus.folder}: expected {n} blocks of at least {context} tokens "
+            f"(evidence.steering_sequences, evidence.steering_context), got {len(long)}. Run with "
+            "less of either: `--set evidence.steering_sequences=<n>`, `--set "
+            "evidence.steering_context=<tokens>`."
+        )
+    return np.random.default_rng(seed).permutation(long)[:n]
+
+
 def _summarise(effect: SteeringEffect, draws: int, seed: int) -> dict[str, float | None]:
     """Means over latents, each with its interval."""
-    weights = draw_weights(len(effect.associated), draws=draws, seed=seed)
+    n_latents = len(effect.associated)
+    weights = draw_weights(n_latents, draws=draws, seed=seed)
     figures: dict[str, float | None] = {}
     for name, values in effect._asdict().items():
         figures |= spread_interval(name, find_interval(resample_mean(values.cpu(), weights)))
-    return figures
+    return figures | {"n_latents": n_latents}
 
 
 def _list_latents(

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
+from urllib.parse import quote
 
 import jinja2
 
@@ -18,8 +19,9 @@ from pipeline.report import facts, tables
 from pipeline.report.charts import History, chart_betas, chart_modes, chart_training, share_keys
 from pipeline.report.exhibits import read_tables, refuse_damage, show_exhibits
 from pipeline.report.exhibits.claims import show_claims
-from pipeline.report.exhibits.exhibit import Tables
-from pipeline.report.exhibits.scaling import relate_models
+from pipeline.report.exhibits.columns import check_tables
+from pipeline.report.exhibits.exhibit import Rows, Tables
+from pipeline.report.exhibits.scaling import format_models, relate_models
 from pipeline.report.figures import draw_key, series_style
 from pipeline.report.inputs import (
     check_fingerprint,
@@ -33,6 +35,14 @@ from pipeline.report.inputs import (
     read_manifest,
     read_metrics,
 )
+
+
+class _File(NamedTuple):
+    """A file to write."""
+
+    what: str  # as an error calls it
+    path: Path
+    text: str
 
 
 class Summary(NamedTuple):
@@ -65,11 +75,12 @@ def build_report(
     longer there. `evidence` are evaluation's tables by name, and `links` where the page finds the
     files of some of them. All text is escaped; missing and non-finite numbers are shown as a dash.
 
-    Raises PipelineError, naming `results_folder`, where a table's columns or values are not those
-    that evaluation writes.
+    Raises PipelineError, naming the table in `results_folder`, where its columns or values are not
+    those that evaluation writes.
     """
     saes = _order(metrics["saes"])
     controls = _list_controls(metrics)
+    check_tables(evidence or {}, results_folder)
     styles = {name: series_style(i) for i, name in enumerate([*saes, *controls])}
     with refuse_damage("claims", results_folder):
         claims = show_claims(evidence or {})
@@ -115,11 +126,12 @@ def write_report(
     """Read what the stages wrote and write the page to `out`, whole or not at all.
 
     `more_runs` are the runs that were measured together with the first one, in their order, and
-    `beside` the results of other models, for the figure that compares them.
+    `beside` the results of other models, for the figure that compares them: its data are written
+    beside the page, to <the page's name>-scaling.csv.
 
     Raises PipelineError, naming the file and the command that makes it, if measurements, the run's
     settings or a history are missing, unreadable or damaged, if they belong to different runs, if
-    `beside` repeats a model's results, or if `out` cannot be written. A store or corpus that is no
+    `beside` repeats a model's results, or if a file cannot be written. A store or corpus that is no
     longer there is left out of the page.
     """
     runs = [run_folder, *more_runs]
@@ -137,9 +149,14 @@ def write_report(
     folders = locate_members(metrics, configs, runs, results_folder)
     evidence = read_tables(results_folder)
     links = link_tables(evidence, results_folder, out)
-    if beside or is_placed(metrics["model"]):
-        with refuse_damage("scaling", ", ".join(map(str, (results_folder, *beside)))):
-            evidence = {**evidence, "scaling": relate_models(results)}
+    related = _relate(results, [results_folder, *beside])
+    if related:
+        evidence = {**evidence, "scaling": related}
+    files: list[_File] = []
+    if related and beside:  # the figures of one model are in its own tables
+        data = out.parent / f"{out.stem}-scaling.csv"
+        files.append(_File("table", data, format_models(related)))
+        links["scaling"] = quote(data.name)
     page = build_report(
         profile=profile,
         metrics=metrics,
@@ -152,22 +169,35 @@ def write_report(
         links=links,
         results_folder=results_folder,
     )
-    _write_page(out, page)
+    _write_files([*files, _File("page", out, page)])
 
 
-def _write_page(out: Path, page: str) -> None:
-    problem = "a folder" if out.is_dir() else None
-    try:
-        if problem is None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_text(out, page)
-    except OSError as error:
-        problem = error.strerror
-    if problem:
-        raise PipelineError(
-            f"page at {out}: expected a place where a file can be written, got {problem}. Choose "
-            "another with `pipeline report --out`."
-        )
+def _relate(results: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> Rows:
+    """For the figure over models; nothing where there is one alone that is not named."""
+    if len(results) == 1 and not is_placed(results[0]["model"]):
+        return []
+    with refuse_damage("scaling", ", ".join(map(str, folders))):
+        return relate_models(results)
+
+
+def _write_files(files: Sequence[_File]) -> None:
+    """In their order, or none of them where a folder is in the way of one."""
+    for file in files:
+        if file.path.is_dir():
+            raise _blocked(file, "a folder")
+    for file in files:
+        try:
+            file.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file.path, file.text)
+        except OSError as error:
+            raise _blocked(file, error.strerror) from None
+
+
+def _blocked(file: _File, problem: str | None) -> PipelineError:
+    return PipelineError(
+        f"{file.what} at {file.path}: expected a place where a file can be written, got {problem}. "
+        "Choose another with `pipeline report --out`."
+    )
 
 
 def _order(saes: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

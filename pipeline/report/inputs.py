@@ -60,6 +60,9 @@ def _list_faults(metrics: Mapping[str, Any]) -> Iterator[str]:
                 yield _name_fault(f"{group}.{name}", facts)
             yield from _list_wrong(facts, _OBJECTS, dict, f"{group}.{name}")
             yield from _list_wrong(facts, _NUMBERS, int | float, f"{group}.{name}")
+            for key in _OBJECTS:
+                figures = facts.get(key) or {}
+                yield from _list_wrong(figures, figures, int | float, f"{group}.{name}.{key}")
 
 
 def _list_wrong(

@@ -131,6 +131,9 @@ class SparseAutoencoder(nn.Module):
         recon, latents = self(acts, grads, tokens)
         return TrainingPass(recon, latents, recon.new_zeros(()))
 
+    def after_loss(self) -> None:
+        """Called once the loss of a `train_forward`, which changes nothing, is known and finite."""
+
     def after_step(self, l0: float) -> None:
         """Called after each optimizer step with the mean L0 of its batch, over all processes."""
         del l0

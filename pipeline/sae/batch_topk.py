@@ -47,11 +47,21 @@ class BatchTopKSAE(SparseAutoencoder):
         super().__init__(**settings)
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("steered_threshold", torch.zeros(()))
+        self._smallest: tuple[Tensor | None, Tensor | None] = None, None  # until `after_loss`
 
     def reset_extra(self) -> None:
         """Both thresholds are 0 again: not yet known."""
         self.threshold.zero_()
         self.steered_threshold.zero_()
+
+    @torch.no_grad()
+    def after_loss(self) -> None:
+        """Move the thresholds towards what `train_forward` kept."""
+        for threshold, smallest in zip(
+            (self.steered_threshold, self.threshold), self._smallest, strict=True
+        ):
+            if smallest is not None:
+                threshold.lerp_(smallest, torch.where(threshold > 0, 1 - THRESHOLD_DECAY, 1.0))
 
     def encode(
         self,
@@ -75,17 +85,15 @@ class BatchTopKSAE(SparseAutoencoder):
         grads: Float[Tensor, "batch d_model"] | None = None,
         tokens: Int[Tensor, " batch"] | None = None,
     ) -> TrainingPass:
-        """Select in the whole batch, and move the thresholds towards what it kept."""
+        """Select in the whole batch; the smallest scores kept are left to `after_loss`."""
         del tokens
         x = self.scale_rows(acts)
         n = int(self.group.sum(torch.tensor(len(acts)))) * self.k
         with torch.no_grad():
             kept, plain = self._list_largest(x, grads if self.beta else None, n=n)
-            kept, smallest = _keep_in_group(kept, n, self.group)
-            _move(self.steered_threshold, smallest)
-            if plain is not None:
-                _, smallest = _keep_in_group(plain, n, self.group)
-            _move(self.threshold, smallest)
+            kept, steered = _keep_in_group(kept, n, self.group)
+            unsteered = steered if plain is None else _keep_in_group(plain, n, self.group)[1]
+        self._smallest = steered, unsteered
         entries = self._read(kept, x)
         recon = (_decode(entries, self.W_dec, n_rows=len(acts)) + self.b_dec) / self.input_scale
         return TrainingPass(recon, _pad(entries, n_rows=len(acts)), recon.new_zeros(()))
@@ -190,11 +198,6 @@ def _keep_in_group(
     own = indices[(indices >= first) & (indices < first + len(kept.scores))] - first
     smallest = values.min() if len(values) else None
     return _Candidates(*(tensor[own] for tensor in kept)), smallest
-
-
-def _move(threshold: Tensor, smallest: Tensor | None) -> None:
-    if smallest is not None:
-        threshold.lerp_(smallest, torch.where(threshold > 0, 1 - THRESHOLD_DECAY, 1.0))
 
 
 def _pad(entries: _Entries, *, n_rows: int) -> Latents:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pipeline.sae.sparsity import L1_GAINS, Gains, SteeredSAE
+from pipeline.sae.sparsity import SteeredSAE
 
 
 class GatedSAE(SteeredSAE):
@@ -29,8 +29,9 @@ class GatedSAE(SteeredSAE):
     """
 
     architecture: ClassVar[str] = "gated"
-    gains: ClassVar[Gains] = L1_GAINS
     penalty_degree: ClassVar[int] = 1
+    start_weight: ClassVar[float] = 0.5
+    start_l0: ClassVar[float] = 4
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)

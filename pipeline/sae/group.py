@@ -1,5 +1,6 @@
 """The processes that train one SAE together; here the group of one, which needs no messages."""
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,10 @@ class Group:
     def gather(self, tensor: Tensor) -> Tensor:
         """All processes' tensors one after the other; their first axes may differ in length."""
         return tensor
+
+    def meet(self) -> None:
+        """Wait until all processes are here, and so until the first has written what it writes."""
+        self.sum(torch.zeros(()))
 
 
 ALONE = Group()

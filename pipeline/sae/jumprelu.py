@@ -9,9 +9,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pipeline.errors import ConfigError
-from pipeline.sae.sparsity import Gains, SteeredSAE
+from pipeline.sae.sparsity import SteeredSAE
 
-GAINS = Gains(start=0, bound=1, rate=0, look_ahead=0, start_l0=2)  # of the multiplier: see below
 STIFFNESS = 50  # ρ / 2, in units of the scaled input's mean square
 MULTIPLIER_RATE = 0.005  # per step
 MULTIPLIER_REACH = 0.2  # of e: it must not grow while L0 is on its way from the start
@@ -44,8 +43,9 @@ class JumpReluSAE(SteeredSAE):
 
     architecture: ClassVar[str] = "jumprelu"
     options: ClassVar[tuple[str, ...]] = ("bandwidth",)
-    gains: ClassVar[Gains] = GAINS
     penalty_degree: ClassVar[int] = 2
+    start_weight: ClassVar[float] = 0
+    start_l0: ClassVar[float] = 2
 
     def __init__(self, *, bandwidth: float, **settings: Any) -> None:
         super().__init__(**settings)

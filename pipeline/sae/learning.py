@@ -18,8 +18,9 @@ from torch import Tensor
 
 from pipeline.errors import TrainError
 from pipeline.sae.base import SparseAutoencoder, TrainingPass
+from pipeline.sae.group import Group
 from pipeline.sae.losses import auxk_loss, reconstruction_loss
-from pipeline.sae.selection import count_shared, sum_gradient_weight
+from pipeline.sae.selection import Latents, count_shared, sum_gradient_weight
 
 # "Does not activate for 5 consecutive batches" of 4096 tokens (Olmo et al. 2024, section 4.1),
 # counted in tokens so that the batch size does not change what is dead.
@@ -29,7 +30,7 @@ Objective = Callable[[Float[Tensor, "batch d_model"]], Float[Tensor, ""]]  # of 
 
 
 class LossNotFinite(TrainError):
-    """A step's loss was NaN or infinite; the step was not taken."""
+    """A step's loss was NaN or infinite; the step was not taken, and nothing is changed."""
 
 
 class Learner(NamedTuple):
@@ -89,7 +90,8 @@ def take_step(
     decoder row is removed and rows are kept at norm 1. `full` measures overlap and gradient weight
     too, at the price of a second selection.
 
-    Raises LossNotFinite, before the step is taken, where the loss is NaN or infinite.
+    Raises LossNotFinite, before anything of the SAE or the learner changes, where the loss is NaN
+    or infinite.
     """
     sae, optimizer, idle_tokens, averages = learner
     passed = sae.train_forward(acts, grads, tokens)
@@ -102,10 +104,17 @@ def take_step(
         dead = idle_tokens >= DEAD_AFTER_TOKENS
         aux_k = sae.d_model // 2 if aux_k is None else aux_k
         penalty = penalty + aux_weight * auxk_loss(sae, acts, passed.recon, dead, aux_k=aux_k)
-    n_rows = int(sae.group.sum(torch.tensor(len(acts))))
-    metrics = _measure(learner, acts, grads, tokens, passed, loss, penalty, n_rows, full=full)
-    if not math.isfinite(metrics.loss + metrics.penalty):
-        raise LossNotFinite(f"expected a finite loss, got {metrics.loss} + {metrics.penalty}")
+    n_rows, means = _average(acts, passed, loss, penalty, sae.group)
+    if not math.isfinite(means[0] + means[1]):
+        raise LossNotFinite(f"expected a finite loss, got {means[0]} + {means[1]}")
+    sae.after_loss()
+    n_dead = _count_dead(learner, passed.latents, n_rows)
+    overlap = gradient_weight = None
+    if full and sae.selects and grads is not None:
+        overlap, gradient_weight = _measure_steering(sae, acts, grads, tokens, passed.latents)
+    metrics = StepMetrics(
+        *means, dead_latents=n_dead, overlap=overlap, gradient_weight=gradient_weight
+    )
 
     sae.zero_grad()
     ((loss + penalty) * (len(acts) / n_rows)).backward()
@@ -128,48 +137,40 @@ def take_step(
 
 
 @torch.no_grad()
-def _measure(
-    learner: Learner,
-    acts: Tensor,
-    grads: Tensor | None,
-    tokens: Tensor | None,
-    passed: TrainingPass,
-    loss: Tensor,
-    penalty: Tensor,
-    n_rows: int,
-    *,
-    full: bool,
-) -> StepMetrics:
+def _average(
+    acts: Tensor, passed: TrainingPass, loss: Tensor, penalty: Tensor, group: Group
+) -> tuple[int, list[float]]:
+    """The rows of all processes, and over them the first five of StepMetrics."""
+    norms = acts.norm(dim=1)
+    ratio = ((acts - passed.recon).norm(dim=1) / norms).where(norms > 0, 0)
+    n_active = (passed.latents.values > 0).sum()
+    n_own = loss.new_tensor(len(acts), dtype=torch.float64)
+    own = [n_own, loss * n_own, penalty * n_own, ratio.sum(), ratio.square().sum(), n_active]
+    n_rows, *sums = group.sum(torch.stack([part.double() for part in own])).tolist()
+    return int(n_rows), [total / n_rows for total in sums]
+
+
+@torch.no_grad()
+def _count_dead(learner: Learner, latents: Latents, n_rows: int) -> int:
+    """Move the idle counts by the batch of n_rows, and count the dead after it."""
     sae, idle_tokens = learner.sae, learner.idle_tokens
-    recon, (values, indices), _ = passed
-    active = values > 0
     fired = torch.zeros_like(idle_tokens)
-    fired[indices[active]] = 1
+    fired[latents.indices[latents.values > 0]] = 1
     idle_tokens += n_rows
     idle_tokens[sae.group.sum(fired) > 0] = 0
-    norms = acts.norm(dim=1)
-    ratio = ((acts - recon).norm(dim=1) / norms).where(norms > 0, 0)
-    means = [loss, penalty, ratio.mean(), ratio.square().mean(), active.sum() / len(acts)]
-    if full and sae.selects and grads is not None:
-        shared = count_shared(passed.latents, sae.encode(acts, None, tokens), d_sae=sae.d_sae)
-        weight = sum_gradient_weight(
-            passed.latents, grads, sae.W_dec, beta_per_token=sae.beta_per_token
-        )
-        means += [shared / len(acts), weight / len(acts)]
-    sums = torch.stack([mean.double() for mean in means]) * len(acts)
-    found = (sae.group.sum(sums) / n_rows).tolist()
-    # Of the latents in use, of all processes: found[4] is their number per row.
-    overlap, gradient_weight = [x / max(found[4], 1e-9) for x in found[5:]] or (None, None)
-    return StepMetrics(
-        loss=found[0],
-        penalty=found[1],
-        nmse=found[2],
-        nmse_squared=found[3],
-        l0=found[4],
-        dead_latents=int((idle_tokens >= DEAD_AFTER_TOKENS).sum()),
-        overlap=overlap,
-        gradient_weight=gradient_weight,
-    )
+    return int((idle_tokens >= DEAD_AFTER_TOKENS).sum())
+
+
+@torch.no_grad()
+def _measure_steering(
+    sae: SparseAutoencoder, acts: Tensor, grads: Tensor, tokens: Tensor | None, selected: Latents
+) -> tuple[float, float]:
+    """Overlap and gradient weight, over the selected latents above zero of all processes."""
+    plain = sae.encode(acts, None, tokens)
+    weight = sum_gradient_weight(selected, grads, sae.W_dec, beta_per_token=sae.beta_per_token)
+    own = (selected.values > 0).sum(), count_shared(selected, plain, d_sae=sae.d_sae), weight
+    n_active, shared, total = sae.group.sum(torch.stack([part.double() for part in own])).tolist()
+    return shared / max(n_active, 1), total / max(n_active, 1)
 
 
 def _as_it_lies(tensor: Tensor) -> Tensor:

@@ -39,10 +39,10 @@ def auxk_loss(
         ||e - ê||^2, summed over d_model and averaged over the batch        (Gao et al. 2024, A.2)
 
     Its gradient reaches the dead latents' rows of both encoder and decoder, and nothing else. 0
-    where none is dead.
+    where none is dead, or for no rows.
     """
     listed = dead.nonzero().flatten()
-    if len(listed) == 0:
+    if len(listed) == 0 or len(acts) == 0:
         return acts.new_zeros(())
     error = ((acts - recon) * sae.input_scale).detach()
     centred = (sae.scale_rows(acts) - sae.b_dec).detach()

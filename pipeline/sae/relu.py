@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.sae.sparsity import L1_GAINS, Gains, SteeredSAE
+from pipeline.sae.sparsity import SteeredSAE
 
 
 class ReluSAE(SteeredSAE):
@@ -24,8 +24,9 @@ class ReluSAE(SteeredSAE):
     """
 
     architecture: ClassVar[str] = "relu"
-    gains: ClassVar[Gains] = L1_GAINS
     penalty_degree: ClassVar[int] = 1
+    start_weight: ClassVar[float] = 0.5
+    start_l0: ClassVar[float] = 4
 
     @torch.no_grad()
     def start_firing_at(

@@ -24,7 +24,9 @@ class FewBlocks(Corpus):
         tokens = rng.integers(VOCAB, size=(len(lengths), CONTEXT + 1), dtype=np.int32)
         object.__setattr__(self, "blocks", Blocks(tokens, np.array(lengths, np.int32)))
         object.__setattr__(self, "folder", Path("few-blocks"))
-        object.__setattr__(self, "manifest", SimpleNamespace(packing="per_document"))
+        object.__setattr__(
+            self, "manifest", SimpleNamespace(packing="per_document", context_length=CONTEXT)
+        )
 
     def lengths(self, split: str) -> np.ndarray:
         assert split == "held_out"

@@ -1,3 +1,4 @@
+import errno
 import json
 from pathlib import Path
 
@@ -37,6 +38,34 @@ def test_a_failure_leaves_the_earlier_ones(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupt(out)
     assert (out / "metrics.json").read_text() == METRICS
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_earlier_ones_are_back_where_the_new_cannot_take_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "demo", Path.rename
+    measure(out, 1)
+
+    def fail_for_new(path: Path, target: Path) -> Path:
+        if path.suffix == ".part":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(OSError, match="Input/output error"):
+        measure(out, 2)
+    assert (out / "found.csv").read_text().split() == ["value", "1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_earlier_ones_are_back_after_a_death_between_the_two_renames(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    measure(out, 1)
+    out.rename(tmp_path / ".demo.old")
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(out)
+    assert (out / "found.csv").read_text().split() == ["value", "1"]
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 

@@ -117,8 +117,7 @@ def test_another_seed_is_another_sample(model):
 
 
 def test_as_many_rows_as_there_are(model):
-    seen: list[int] = []
-    rows = measure(model, n_rows=1000, on_progress=seen.append)
+    rows = measure(model, n_rows=1000)
     sample = plan_sample(
         LENGTHS,
         draw_blocks(FewBlocks(LENGTHS), None).tolist(),
@@ -127,7 +126,6 @@ def test_as_many_rows_as_there_are(model):
     )
     assert rows[0]["n_rows"] == sum(map(len, sample.measured.values()))
     assert rows[0]["n_blocks"] == 4  # of six, one has no row and one is the reference
-    assert sum(seen) == sum(LENGTHS[block] for block in sample.measured)
 
 
 def test_one_block_with_rows_is_too_few(model):

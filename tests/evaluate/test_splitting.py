@@ -9,14 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.evaluate import splitting
+from pipeline.evaluate import neighbours, splitting
+from pipeline.evaluate.neighbours import list_bins, nearest_cosines, pick_tails
 from pipeline.evaluate.splitting import (
     BlockSums,
     SplittingTables,
-    list_bins,
     measure_splitting,
-    nearest_cosines,
-    pick_tails,
     resample_groups,
 )
 from pipeline.model import LanguageModel, load_model
@@ -86,7 +84,7 @@ def slow_gradients(model: LanguageModel, sae: TopKSAE, latents: list[int]) -> tu
 
 @pytest.mark.parametrize("rows_at_once", [512, 5])
 def test_nearest_cosines_equal_a_loop(monkeypatch, rows_at_once):
-    monkeypatch.setattr(splitting, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(neighbours, "ROWS_AT_ONCE", rows_at_once)
     W_dec = torch.randn(13, 6, generator=torch.Generator().manual_seed(0)) * 3
     assert nearest_cosines(W_dec).tolist() == pytest.approx(slow_nearest(W_dec), abs=1e-6)
 
@@ -189,7 +187,8 @@ def test_as_many_blocks_as_asked_for(model):
 
 def test_rows_at_once_and_batches_change_nothing(model, monkeypatch):
     whole = measure(model, make_sae())
-    monkeypatch.setattr(splitting, "ROWS_AT_ONCE", 7)
+    for module in (neighbours, splitting):
+        monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
     pieces = measure(model, make_sae(), batch_blocks=3)
     for one, other in zip(whole.gradients, pieces.gradients, strict=True):
         assert one["group"] == other["group"]

@@ -41,7 +41,9 @@ def _list_saes(saes: Saes) -> Iterator[dict[str, Any]]:
     for name, sae in saes.items():
         for mode in MODES:
             facts = {key: sae.get(key) for key in ("k", "beta", "d_sae", "seed")}
-            figures = {**sae[mode], **add_interval("loss_added", sae[mode]["loss_added"], 0.004)}
+            figures = dict(sae[mode])
+            for key in ("loss_added", "nmse", "kl"):
+                figures |= add_interval(key, sae[mode][key], 0.004)
             about = {"sae": name, "architecture": "topk", "gradient": "full", "mode": mode}
             yield about | facts | figures
 
@@ -69,7 +71,7 @@ def _list_perturbation() -> Iterator[dict[str, Any]]:
                 row = {"site": site, "layer": layer, "size": size, "n": 64, "context": 64}
                 row |= {"norm": 25 * size, "change": size / 10, "spread": 1.6}
                 row |= add_interval("rho_gradient", good, 0.08)
-                row |= add_interval("rho_norm", 0.3, 0.2)
+                row |= add_interval("rho_norm", 0.3, 0.2) | add_interval("rho_steepness", 0.5, 0.2)
                 yield row | add_interval("rho_difference", good - 0.3, 0.2)
 
 

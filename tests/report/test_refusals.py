@@ -22,6 +22,10 @@ from tests import report_data
         ),
         (lambda metrics: change_sae(metrics, k="x"), "saes.k.k of type str"),
         (
+            lambda metrics: change_sae(metrics, with_gradient={"nmse": "x"}),
+            "saes.k.with_gradient.nmse of type str",
+        ),
+        (
             lambda metrics: change_sae(metrics, gradient_weight=3),
             "saes.k.gradient_weight of type int",
         ),

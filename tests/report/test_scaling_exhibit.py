@@ -1,12 +1,21 @@
 """Several models' results side by side."""
 
+import re
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
 from pipeline.errors import PipelineError
+from pipeline.report import write_report
+from pipeline.report.exhibits import read_table
 from pipeline.report.exhibits.scaling import relate_models, show_scaling
+from tests import report_data
+from tests.report.evidence import write_tables
+from tests.report.tables import make_all
 
+PLACED = {"name": "demo", "n_layers": 12, "layer": 7, "d_model": 128, "n_parameters": 3_000_000}
 SAES = (("topk", 0.0), ("gsae", 1e5))
 
 
@@ -104,7 +113,7 @@ def test_the_figure_joins_models_of_equal_depth_alone():
     assert len(exhibit.figures[0].rows) == 6
     assert exhibit.figures[0].rows[0][0] == "small"
     assert "--beside" not in exhibit.protocol
-    assert exhibit.data == ()  # no one results folder has them all
+    assert exhibit.data == ("scaling",)
 
 
 def test_seeds_are_averaged_and_their_intervals_left_out():
@@ -125,6 +134,7 @@ def test_a_single_model_says_what_to_run():
     assert exhibit is not None
     assert "pipeline report --beside RESULTS" in exhibit.protocol
     assert "small" in exhibit.charts[0].svg
+    assert exhibit.data == ("saes",)
     assert show_scaling({}, {}) is None
 
 
@@ -132,3 +142,60 @@ def test_another_sae_changes_the_table():
     changed = make_metrics("small", 12, 8, seeds=(5,))
     added = [[row["loss_added"] for row in relate_models([m])] for m in (SMALL, changed)]
     assert added[0] != added[1]
+
+
+def write_two_models(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The arguments of write_report for one model, and the results of a larger one."""
+    arguments = report_data.write_inputs(folder)
+    own = report_data.make_metrics()
+    write_tables(arguments["results_folder"], make_all(own["saes"]))
+    run = report_data.read_json(folder / "results/metrics.json")["run"]
+    placed = own | {"run": run, "model": own["model"] | PLACED}
+    report_data.write_json(folder / "results/metrics.json", placed)
+    (folder / "other").mkdir()
+    larger = PLACED | {"name": "larger", "n_layers": 24, "layer": 15, "n_parameters": 9_000_000}
+    report_data.write_json(folder / "other/metrics.json", own | {"model": own["model"] | larger})
+    return arguments | {"out": folder / "page+k=4.html"}, folder / "other"
+
+
+def list_links(page: Path, exhibit: str) -> list[str]:
+    """Where the links of one exhibit lead."""
+    _, _, found = page.read_text(encoding="utf-8").partition(f'id="evidence-{exhibit}"')
+    return re.findall(r'href="(.*?)"', found.partition("</article>")[0])
+
+
+def test_one_model_alone_has_no_data_of_its_own(tmp_path):
+    arguments, _ = write_two_models(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    write_report(**arguments)
+    page = arguments["out"]
+    assert "Only one model is here" in page.read_text(encoding="utf-8")
+    assert list_links(page, "scaling") == ["results/saes.csv"]
+    assert set(tmp_path.rglob("*")) - before == {page}
+
+
+def test_other_models_stand_beside_and_their_data_beside_the_page(tmp_path):
+    arguments, other = write_two_models(tmp_path)
+    write_report(**arguments, beside=[other])
+    page = arguments["out"].read_text(encoding="utf-8")
+    assert "Only one model is here" not in page
+    assert "larger" in page
+    (link,) = list_links(arguments["out"], "scaling")
+    assert link == "page%2Bk%3D4-scaling.csv"
+    rows = read_table(tmp_path / unquote(link))
+    both = [
+        report_data.read_json(tmp_path / f"{name}/metrics.json") for name in ("results", "other")
+    ]
+    assert rows == relate_models(both)
+    assert len({(row["result"], row["model"], row["sae"], row["mode"]) for row in rows}) == 8
+    with pytest.raises(PipelineError, match=r"nowhere.*Run `pipeline evaluate`"):
+        write_report(**arguments, beside=[tmp_path / "nowhere"])
+
+
+def test_data_that_cannot_be_written_leave_the_page_as_it_was(tmp_path):
+    arguments, other = write_two_models(tmp_path)
+    arguments["out"].write_text("before")
+    (tmp_path / "page+k=4-scaling.csv").mkdir()
+    with pytest.raises(PipelineError, match=r"table at .*-scaling\.csv: .* got a folder.*--out"):
+        write_report(**arguments, beside=[other])
+    assert arguments["out"].read_text() == "before"

@@ -159,6 +159,7 @@ def test_each_threshold_is_the_running_mean_of_the_smallest_score_kept() -> None
     for step in range(3):
         acts, grads = draw(seed=step)
         sae.train_forward(acts, grads)
+        sae.after_loss()
         for name, weights in (("threshold", None), ("steered_threshold", grads)):
             scores = score_dense(sae, acts, weights)[1].flatten()
             smallest = scores.sort(descending=True).values[50 * 3 - 1].item()
@@ -174,6 +175,7 @@ def test_both_thresholds_keep_k_latents_on_average() -> None:
     sae = make_sae(d_model=16, d_sae=100, k=10)
     for step in range(30):
         sae.train_forward(*draw(200, 16, seed=step))
+        sae.after_loss()
 
     acts, grads = draw(2000, 16, seed=99)
     for weights in (None, grads):
@@ -185,6 +187,7 @@ def test_batches_with_too_few_positive_latents_keep_those() -> None:
     sae, (acts, grads) = make_sae(k=20), draw()
 
     passed = sae.train_forward(acts, grads)
+    sae.after_loss()
 
     z, scores = score_dense(sae, acts, grads)
     torch.testing.assert_close(widen(passed.latents, 20), z.relu())
@@ -194,6 +197,7 @@ def test_batches_with_too_few_positive_latents_keep_those() -> None:
         sae.b_enc.fill_(-1e6)
     before = sae.threshold.item()
     passed = sae.train_forward(acts, grads)
+    sae.after_loss()
     assert passed.latents.values.shape == (50, 1)
     torch.testing.assert_close(passed.recon, (sae.b_dec / sae.input_scale).expand(50, 6))
     assert sae.threshold == before
@@ -205,7 +209,11 @@ def test_without_beta_the_gradient_changes_nothing() -> None:
     plain.beta = given.beta = 0.0
 
     assert torch.equal(plain.train_forward(acts).recon, given.train_forward(acts, grads).recon)
-    assert plain.threshold == plain.steered_threshold == given.threshold == given.steered_threshold
+    plain.after_loss()
+    given.after_loss()
+    assert (
+        0 < plain.threshold == plain.steered_threshold == given.threshold == given.steered_threshold
+    )
     assert torch.equal(plain(acts).recon, given(acts, grads).recon)
 
 
@@ -247,6 +255,7 @@ def test_several_processes_select_as_one(sizes: tuple[int, ...], growth: float) 
     acts[sizes[0] :] *= growth
     whole = make_sae()
     expected = whole.train_forward(acts, grads)
+    whole.after_loss()
 
     barrier, box = threading.Barrier(len(sizes)), [None] * len(sizes)
     saes = [make_sae() for _ in sizes]
@@ -264,5 +273,6 @@ def test_several_processes_select_as_one(sizes: tuple[int, ...], growth: float) 
     got = torch.cat([widen(p.latents, 20) for p in passes])
     torch.testing.assert_close(got, widen(expected.latents, 20))
     for sae in saes:
-        assert sae.threshold == whole.threshold
+        sae.after_loss()
+        assert sae.threshold == whole.threshold > 0
         assert sae.steered_threshold == whole.steered_threshold

@@ -2,11 +2,16 @@
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor
 
-from pipeline.sae import TopKSAE, init_weights, start_learning, take_step
-from pipeline.sae.learning import Learner
+from pipeline.member import plan_members, start_member, step_member
+from pipeline.member_state import collect_state
+from pipeline.sae import ARCHITECTURES, TopKSAE, init_weights, start_learning, take_step
+from pipeline.sae.learning import Learner, LossNotFinite
+from tests.test_member import draw as draw_rows
+from tests.test_member import make_config
 
 
 def start(acts: Tensor) -> Learner:
@@ -72,3 +77,28 @@ def test_loaded_moments_go_on_to_the_same_bits() -> None:
         take_step(resumed, acts, lr=0.01)
     for left, right in zip(learner.sae.parameters(), resumed.sae.parameters(), strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("full", [True, False])
+def test_a_loss_that_is_not_finite_changes_nothing(architecture: str, full: bool) -> None:
+    config = make_config(
+        architectures=(architecture,), betas=(20.0,), average_decay=0.9, aux_weight=0.1
+    )
+    (spec,) = plan_members(config)
+    acts, grads = draw_rows(seed=0)
+    member = start_member(spec, config, acts, n_tokens=5)
+    tokens = torch.arange(len(acts)) % 5
+    step_member(member, acts, grads, tokens, config=config, lr=0.01, full=True)
+    member.learner.idle_tokens.fill_(7)  # which neither a latent that fires keeps nor another
+    before = {name: tensor.clone() for name, tensor in collect_state([member]).items()}
+
+    acts, grads = draw_rows(seed=1)
+    acts[3, 2] = torch.nan
+    with pytest.raises(LossNotFinite, match="expected a finite loss, got nan"):
+        step_member(member, acts, grads, tokens, config=config, lr=0.01, full=full)
+
+    after = collect_state([member])
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name

@@ -5,20 +5,29 @@ import pytest
 import torch
 
 from pipeline.sae import init_weights, load_sae, save_sae, start_learning, take_step
-from pipeline.sae.sparsity import L1_GAINS, Gains, Steering, find_levels, steer
+from pipeline.sae.sparsity import (
+    BOUND,
+    LOOK_AHEAD,
+    RATE,
+    SMOOTHING,
+    Steering,
+    find_levels,
+    steer,
+)
 from tests.sae.steered import draw, make_sae
 
 NAMES = ("relu", "gated", "jumprelu")
 ONE = torch.ones(())
 
 
-def simulate(gains: Gains, *, l0: float, k: int, lag: float, slope: float) -> list[float]:
+def simulate(*, l0: float, k: int, lag: float, slope: float) -> list[float]:
     """L0 in 1000 steps; it follows k * (weight / 3)^-slope with a lag in steps."""
-    state, found = Steering(torch.tensor(gains.start), torch.zeros(())), []
+    start = torch.tensor(0.5)
+    state, found = Steering(start, torch.zeros(())), []
     for _ in range(1000):
         wanted = math.log(k) - slope * math.log(float(state.weight) / 3)
         l0 = min(1024.0, math.exp(math.log(l0) + (wanted - math.log(l0)) / lag))
-        state = steer(state, l0=l0, k=k, gains=gains, unit=ONE)
+        state = steer(state, l0=l0, k=k, start=start)
         found.append(l0)
     return found
 
@@ -26,28 +35,26 @@ def simulate(gains: Gains, *, l0: float, k: int, lag: float, slope: float) -> li
 @pytest.mark.parametrize("lag", [5, 20, 100])
 @pytest.mark.parametrize("slope", [0.5, 1, 2])
 def test_l0_settles_at_k_from_half_of_the_latents(slope: float, lag: int) -> None:
-    last = simulate(L1_GAINS, l0=1024, k=32, lag=lag, slope=slope)[-100:]
+    last = simulate(l0=1024, k=32, lag=lag, slope=slope)[-100:]
     assert max(abs(l0 / 32 - 1) for l0 in last) < 0.05
 
 
 def test_one_step_of_the_controller() -> None:
-    gains = Gains(start=1, bound=100, rate=0.5, look_ahead=3, start_l0=1)
     state = Steering(torch.tensor(2.0), torch.tensor(0.1))
-    error = 0.9 * 0.1 + 0.1 * math.log(12 / 10)
+    error = SMOOTHING * 0.1 + (1 - SMOOTHING) * math.log(12 / 10)
 
-    weight, found = steer(state, l0=12.0, k=10, gains=gains, unit=ONE)
+    weight, found = steer(state, l0=12.0, k=10, start=ONE)
 
     assert found.item() == pytest.approx(error)
-    expected = 2 * math.exp(0.5 * (error + 3 * (error - 0.1)))
+    expected = 2 * math.exp(RATE * (error + LOOK_AHEAD * (error - 0.1)))
     assert weight.item() == pytest.approx(expected)
 
 
 def test_the_weight_stays_within_its_bounds_and_finite_whatever_l0_is() -> None:
-    gains = Gains(start=1, bound=100, rate=0.5, look_ahead=3, start_l0=1)
-    for l0, bound in ((0.0, 0.02), (1e6, 200.0)):
-        state = Steering(ONE, torch.zeros(()))
-        for _ in range(100):
-            state = steer(state, l0=l0, k=10, gains=gains, unit=2 * ONE)
+    for l0, bound in ((0.0, 2 / BOUND), (1e6, 2 * BOUND)):
+        state = Steering(2 * ONE, torch.zeros(()))
+        for _ in range(1000):
+            state = steer(state, l0=l0, k=10, start=2 * ONE)
         assert state.weight.item() == pytest.approx(bound)
 
 
@@ -70,10 +77,10 @@ def test_at_the_start_l0_is_a_small_multiple_of_k_in_any_unit(name: str, size: f
 
     values = sae.encode(acts).values
     l0 = (values > 0).sum().item() / 1000
-    assert l0 == pytest.approx(sae.gains.start_l0 * 4, rel=0.01)
+    assert l0 == pytest.approx(sae.start_l0 * 4, rel=0.01)
     assert math.log(l0 / 4) == pytest.approx(sae.l0_error.item(), abs=0.01)
     spread = (acts - acts.mean(dim=0)).square().mean().sqrt() * sae.input_scale
-    expected = sae.gains.start * spread**sae.penalty_degree
+    expected = sae.start_weight * spread**sae.penalty_degree
     torch.testing.assert_close(sae.sparsity_weight, expected)
 
 

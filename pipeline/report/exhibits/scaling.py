@@ -1,5 +1,7 @@
 """Loss added over models of several sizes (Fig. 9)."""
 
+import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -31,19 +33,31 @@ def relate_models(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
         relative_depth = blocks run before the hook's value exists / n_layers
 
-    Columns: model, hook, n_layers, layer, relative_depth, same_depth, d_model, n_parameters, sae,
-    architecture, beta, gradient, k, d_sae, seed, mode, loss_added with its interval. same_depth
-    says whether the depth is within DEPTH_TOLERANCE of the first result's; only such rows are
-    joined in the figure. Size is n_parameters, or n_layers * d_model^2 where any is unknown.
+    Columns: result (which of `results`, from 0), model, hook, n_layers, layer, relative_depth,
+    same_depth, d_model, n_parameters, sae, architecture, beta, gradient, k, d_sae, seed, mode,
+    loss_added with its interval. same_depth says whether the depth is within DEPTH_TOLERANCE of the
+    first result's; only such rows are joined in the figure. Size is n_parameters, or
+    n_layers * d_model^2 where any is unknown.
 
     Raises PipelineError where a result does not say which model it is of.
     """
-    rows = [row for metrics in results for row in _list_rows(metrics)]
+    rows = [
+        {"result": i, **row} for i, metrics in enumerate(results) for row in _list_rows(metrics)
+    ]
     for row in rows:
         difference = abs(row["relative_depth"] - rows[0]["relative_depth"])
         row["same_depth"] = difference <= DEPTH_TOLERANCE + 1e-9
     known = all(row["n_parameters"] is not None for row in rows)
     return sorted(rows, key=lambda row: _measure_size(row, known=known))
+
+
+def format_models(rows: Rows) -> str:
+    """The rows of `relate_models` as the text of a CSV file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def show_scaling(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
@@ -80,7 +94,7 @@ def show_scaling(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
         ),
         charts=(_chart(rows),),
         figures=(_tabulate(rows),),
-        data=(),  # the page has links to one model's tables alone
+        data=("scaling",) if any(row["result"] for row in rows) else ("saes",),
     )
 
 
@@ -169,7 +183,7 @@ def _average(rows: Rows) -> dict[str, Any]:
 
 def _tabulate(rows: Rows) -> Figures:
     lines = []
-    for sae in group_rows(rows, lambda row: (row["model"], row["hook"], row["sae"])).values():
+    for sae in group_rows(rows, lambda row: (row["result"], row["sae"])).values():
         modes = {row["mode"]: row for row in sae}
         facts = sae[0]
         lines.append(
