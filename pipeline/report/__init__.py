@@ -16,13 +16,20 @@ from pipeline.config import Architecture
 from pipeline.errors import PipelineError
 from pipeline.files import write_text
 from pipeline.report import facts, tables
-from pipeline.report.charts import History, chart_betas, chart_modes, chart_training, share_keys
+from pipeline.report.charts import (
+    History,
+    block_charts,
+    chart_betas,
+    chart_modes,
+    chart_training,
+)
 from pipeline.report.exhibits import read_tables, refuse_damage, show_exhibits
 from pipeline.report.exhibits.claims import show_claims
 from pipeline.report.exhibits.columns import check_tables
 from pipeline.report.exhibits.exhibit import Rows, Tables
 from pipeline.report.exhibits.scaling import format_models, relate_models
-from pipeline.report.figures import draw_key, series_style
+from pipeline.report.figures import draw_key
+from pipeline.report.groups import group_saes, plan_styles
 from pipeline.report.inputs import (
     check_fingerprint,
     check_models,
@@ -81,7 +88,7 @@ def build_report(
     saes = _order(metrics["saes"])
     controls = _list_controls(metrics)
     check_tables(evidence or {}, results_folder)
-    styles = {name: series_style(i) for i, name in enumerate([*saes, *controls])}
+    styles = plan_styles(saes, controls)
     with refuse_damage("claims", results_folder):
         claims = show_claims(evidence or {})
     return _load_template().render(
@@ -94,8 +101,10 @@ def build_report(
         claims=claims,
         exhibits=show_exhibits(evidence or {}, styles, results_folder),
         links=dict(links or {}),
-        styles={name: styles[name] for name in saes},
-        training=chart_training(saes, histories, styles),
+        training=[
+            (words, chart_training({name: saes[name] for name in names}, histories, styles))
+            for words, names in group_saes(saes)
+        ],
         modes=chart_modes(saes, styles),
         betas=chart_betas(saes),
         model=tables.describe_model(metrics["model"]),
@@ -221,7 +230,7 @@ def _load_template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"draw_key": draw_key, "share_keys": share_keys}
+    environment.globals |= {"draw_key": draw_key, "block_charts": block_charts}
     return environment.get_template("page.html")
 
 

@@ -1,6 +1,7 @@
 """The report's figures: which numbers go into which chart."""
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -41,12 +42,33 @@ class Chart(NamedTuple):
     keys: tuple[Key, ...] = ()
 
 
-def share_keys(charts: Sequence[Chart]) -> tuple[Key, ...] | None:
-    """The one key that serves all of these charts, with its markers; None if theirs differ."""
-    keyed = [chart.keys for chart in charts if chart.keys]
-    if len({frozenset((key.label, key.style) for key in keys) for keys in keyed}) != 1:
-        return None
-    return max(keyed, key=lambda keys: sum(bool(key.marker) + key.joined for key in keys))
+class Block(NamedTuple):
+    """Charts that stand together."""
+
+    keys: tuple[Key, ...] | None  # one for all of them, with its markers; None: each has its own
+    charts: tuple[Chart, ...]
+
+
+def block_charts(charts: Sequence[Chart]) -> list[Block]:
+    """Charts in their order: neighbours with one key together, and those whose keys differ."""
+    blocks: list[Block] = []
+    for shares, run in groupby(charts, key=_list_series):
+        run = tuple(run)
+        keys = None
+        if shares and len(run) > 1:
+            keys = max((chart.keys for chart in run), key=_count_marks)
+        if blocks and keys is None and blocks[-1].keys is None:
+            run = (*blocks.pop().charts, *run)
+        blocks.append(Block(keys, run))
+    return blocks
+
+
+def _list_series(chart: Chart) -> frozenset[tuple[str, str]]:
+    return frozenset((key.label, key.style) for key in chart.keys)
+
+
+def _count_marks(keys: Sequence[Key]) -> int:
+    return sum(bool(key.marker) + key.joined for key in keys)
 
 
 def chart_training(
@@ -79,9 +101,9 @@ def chart_training(
             shares = plan_linear(heights, label=label, zero=True)
             y = shares if label is _percent else plan_positive(heights, label=label)
             describe = f"{title} over tokens trained on, one line per SAE"
-            charts.append(
-                Chart(title, unit, "tokens", draw_lines(lines, x=x, y=y, describe=describe))
-            )
+            svg = draw_lines(lines, x=x, y=y, describe=describe)
+            keys = tuple(Key(line.label, line.style, line.marker) for line in lines)
+            charts.append(Chart(title, unit, "tokens", svg, keys))
     return charts
 
 

@@ -6,7 +6,7 @@ import pytest
 from markupsafe import Markup
 
 from pipeline.report.axes import Axis, plan_linear, plan_positive
-from pipeline.report.charts import Chart, Key, share_keys
+from pipeline.report.charts import Chart, Key, block_charts
 from pipeline.report.figures import (
     MARKERS,
     SHAPES,
@@ -125,9 +125,15 @@ def make_chart(*labels: str, marker: str = "", style: str = "c0") -> Chart:
     return Chart("t", "u", "x", draw(), tuple(Key(label, style, marker) for label in labels))
 
 
-def test_charts_of_the_same_series_share_a_key():
+def test_neighbours_of_the_same_series_share_a_key():
     plain, marked = make_chart("a", "b"), make_chart("b", "a", marker="dot")
-    assert share_keys([plain, marked, make_chart()]) == marked.keys  # the one that says more
-    assert share_keys([plain, make_chart("a")]) is None
-    assert share_keys([plain, make_chart("a", "b", style="c1")]) is None
-    assert share_keys([make_chart()]) is None
+    other, styled, bare = make_chart("a"), make_chart("a", "b", style="c1"), make_chart()
+    assert block_charts([plain, marked]) == [(marked.keys, (plain, marked))]  # which says more
+    assert block_charts([plain, other, styled]) == [(None, (plain, other, styled))]
+    assert block_charts([bare, bare, plain]) == [(None, (bare, bare, plain))]
+    assert block_charts([plain, plain, other, other, bare]) == [
+        (plain.keys, (plain, plain)),
+        (other.keys, (other, other)),
+        (None, (bare,)),
+    ]
+    assert block_charts([]) == []

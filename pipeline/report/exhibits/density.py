@@ -14,6 +14,7 @@ from pipeline.report.exhibits.series import (
     list_names,
 )
 from pipeline.report.figures import Line, draw_lines
+from pipeline.report.groups import split_rows
 from pipeline.report.tables import format_count, format_share, format_short, minus
 
 PAPER = Figures(
@@ -53,7 +54,11 @@ def show_density(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
             "end-to-end SAE’s live latents firing on 1.10% of the rows or more would already make "
             "an L0 of 60, not 32, so that median must be of something else than these frequencies."
         ),
-        charts=tuple(_chart(curves, styles, mode) for mode in MODES),
+        charts=tuple(
+            _chart(rows, styles, mode, words)
+            for words, rows in split_rows(curves, tables)
+            for mode in MODES
+        ),
         figures=(_tabulate(medians), PAPER),
         data=("firing", "density_medians"),
     )
@@ -76,7 +81,7 @@ def _tabulate(rows: Rows) -> Figures:
     return Figures(("SAE", "k", "live, with ∇", *titles), tuple(lines))
 
 
-def _chart(rows: Rows, styles: Mapping[str, str], mode: str) -> Chart:
+def _chart(rows: Rows, styles: Mapping[str, str], mode: str, words: str) -> Chart:
     """The CDF of each SAE from where it leaves zero on."""
     live = [row for row in rows if row["mode"] == mode and row["firing_frequency"] > 0]
     lines = [
@@ -90,7 +95,7 @@ def _chart(rows: Rows, styles: Mapping[str, str], mode: str) -> Chart:
     x = plan_positive((row["firing_frequency"] for row in live), label=_tick)
     y = plan_linear((0.0, 1.0), label=format_share)
     svg = draw_lines(lines, x=x, y=y, describe="Cumulative distribution of firing frequencies")
-    title = f"Firing frequency, {MODES[mode]}"
+    title = ", ".join(filter(None, ["Firing frequency", words, MODES[mode]]))
     return Chart(title, "of all latents", "of the rows", svg, list_keys(lines))
 
 

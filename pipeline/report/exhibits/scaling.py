@@ -65,6 +65,7 @@ def show_scaling(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
     rows = tables.get("scaling")
     if not rows:
         return None
+    several = any(row["result"] for row in rows)
     joined = [row for row in rows if row["same_depth"]]
     models = list(dict.fromkeys(row["model"] for row in joined))
     alone = (
@@ -92,9 +93,9 @@ def show_scaling(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
             "The paper shows GPT-2 small, medium, large and XL about 3/4 deep, without "
             "numbers: what compares is the order of the kinds."
         ),
-        charts=(_chart(rows),),
+        charts=(_chart(rows),) if several else (),  # one column of marks would say nothing
         figures=(_tabulate(rows),),
-        data=("scaling",) if any(row["result"] for row in rows) else ("saes",),
+        data=("scaling",) if several else ("saes",),
     )
 
 

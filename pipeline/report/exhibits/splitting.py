@@ -13,6 +13,7 @@ from pipeline.report.exhibits.series import (
     list_keys,
 )
 from pipeline.report.figures import Estimate, Line, draw_estimates, draw_lines
+from pipeline.report.groups import split_rows
 from pipeline.report.markers import MARKERS
 from pipeline.report.tables import (
     format_count,
@@ -62,7 +63,7 @@ def show_splitting(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
             "loss_tokens, so that sizes compare in that setting alone and at the right "
             "loss_tokens; ratios compare anywhere."
         ),
-        charts=tuple(_chart(bins, gradients, summary, styles)),
+        charts=tuple(_chart(tables, styles)),
         figures=(*_tabulate(gradients, summary), PAPER),
         data=("splitting", "splitting_summary", *(("splitting_gradients",) * bool(gradients))),
     )
@@ -120,16 +121,19 @@ def _tabulate(gradients: Rows, summary: Rows) -> Iterator[Figures]:
             )
 
 
-def _chart(
-    bins: Rows, gradients: Rows, summary: Rows, styles: Mapping[str, str]
-) -> Iterator[Chart]:
-    yield _chart_bins(bins, styles)
+def _chart(tables: Tables, styles: Mapping[str, str]) -> Iterator[Chart]:
+    gradients = tables.get("splitting_gradients") or ()
+    groups = (split_rows(rows, tables) for rows in (tables["splitting"], gradients))
+    for (words, bins), (_, along) in zip(*groups, strict=True):
+        ending = f", {words}" if words else ""
+        yield _chart_bins(bins, styles, ending)
+        if along:
+            yield _chart_gradients(along, styles, ending)
     if gradients:
-        yield _chart_gradients(gradients, styles)
-        yield _chart_ratios(summary, styles)
+        yield _chart_ratios(tables["splitting_summary"], styles)
 
 
-def _chart_bins(bins: Rows, styles: Mapping[str, str]) -> Chart:
+def _chart_bins(bins: Rows, styles: Mapping[str, str], ending: str) -> Chart:
     lines = [
         Line(name, styles[name], list(_outline(rows)))
         for name, rows in group_rows(bins, lambda row: row["sae"]).items()
@@ -140,7 +144,7 @@ def _chart_bins(bins: Rows, styles: Mapping[str, str]) -> Chart:
     )
     y = plan_linear((row["fraction"] for row in bins), label=format_share, zero=True)
     svg = draw_lines(lines, x=x, y=y, describe="Histogram of cosines with the nearest decoder row")
-    title = "Cosine with the nearest other decoder row"
+    title = f"Cosine with the nearest other decoder row{ending}"
     return Chart(title, "of the live latents", "cosine", svg, list_keys(lines))
 
 
@@ -153,7 +157,7 @@ def _outline(rows: Rows) -> Iterator[tuple[float, float]]:
     yield rows[-1]["bin_high"], 0.0
 
 
-def _chart_gradients(gradients: Rows, styles: Mapping[str, str]) -> Chart:
+def _chart_gradients(gradients: Rows, styles: Mapping[str, str], ending: str) -> Chart:
     placed = [{**row, "place": float(GROUPS.index(row["group"]))} for row in gradients]
     lines = [
         Line(
@@ -171,7 +175,7 @@ def _chart_gradients(gradients: Rows, styles: Mapping[str, str]) -> Chart:
     y = plan_linear(heights, label=_fine)
     describe = "Mean gradient along the latents of each part of the histogram"
     svg = draw_lines(lines, x=x, y=y, describe=describe)
-    title, unit = "Gradient along latents", "× 1e−5 nats per unit of activation"
+    title, unit = f"Gradient along latents{ending}", "× 1e−5 nats per unit of activation"
     return Chart(title, unit, "part of the histogram", svg, list_keys(lines))
 
 

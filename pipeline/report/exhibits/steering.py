@@ -1,7 +1,7 @@
 """What steering along a latent does to the next token (Olmo et al. 2024, Figs. 5 and 6)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from pipeline.report.charts import Chart
 from pipeline.report.exhibits.exhibit import Exhibit, Figures, Rows, Tables
 from pipeline.report.exhibits.series import format_interval, group_rows, list_band, list_keys
 from pipeline.report.figures import Line, draw_lines
+from pipeline.report.groups import split_rows
 from pipeline.report.tables import format_short, minus
 
 _CONTROL = "ink d2"  # the style of what is no SAE
@@ -55,10 +56,7 @@ def show_steering(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
         protocol=_describe(sweep, first),
         label_seen=_LABEL,
         paper=_PAPER,
-        charts=(
-            *(_chart_sweep(sweep, styles, *effect) for effect in _EFFECTS),
-            *(_chart_density(latents, styles, *effect, alpha=alpha) for effect in _EFFECTS),
-        ),
+        charts=tuple(_chart(tables, styles, alpha=alpha)),
         figures=(_list_effects(at_alpha),),
         data=("steering", "steering_latents"),
     )
@@ -104,6 +102,16 @@ def _describe(sweep: Rows, at: Mapping[str, Any]) -> str:
         "resampling the latents. Probabilities sum to 1, so all other tokens together lose exactly "
         "what the associated ones gain; shown is the sum of absolute changes over them."
     )
+
+
+def _chart(tables: Tables, styles: Mapping[str, str], *, alpha: float) -> Iterator[Chart]:
+    groups = (split_rows(tables[name], tables) for name in ("steering", "steering_latents"))
+    for (of, sweep), (_, latents) in zip(*groups, strict=True):
+        ending = f", {of}" if of else ""
+        for effect, words in _EFFECTS:
+            yield _chart_sweep(sweep, styles, effect, words + ending)
+        for effect, words in _EFFECTS:
+            yield _chart_density(latents, styles, effect, words + ending, alpha=alpha)
 
 
 def _chart_sweep(rows: Rows, styles: Mapping[str, str], effect: str, words: str) -> Chart:
