@@ -165,8 +165,8 @@ def make_step(
     n_all_patched, n_all_real = group.sum(torch.stack([patched.sum(), real.sum()])).tolist()
     if n_all_patched == 0:
         raise TrainError(
-            f"blocks {batch.block.tolist()[:5]}: expected rows beyond exclude_positions, got none. "
-            "Raise --batch-size."
+            f"blocks {batch.block.tolist()[:5]} of a batch: expected rows beyond "
+            "train.exclude_positions, got none in any process. Raise --batch-size."
         )
     rows = (acts[patched], batch.grads.to(model.device)[patched], tokens[patched])
     if n_patched == 0:

@@ -135,14 +135,14 @@ def train(
     with open_run(out) if leads else nullcontext(locate_work(out)) as work:
         saved = read_newest(checkpoints, training=training, tell=tell) if order else None
         saved = saved or Checkpoint(0, 0, StreamState(order or "", 0), {}, {}, {}, versions)
-        step, tokens, _, failed, _, rows, _ = saved
+        step, tokens, failed, rows = saved.step, saved.tokens, saved.failed, saved.rows
         _check_same_step(group, step, checkpoints)
         members = resume_members(
             specs, exact, saved, d_model, device, n_tokens=n_tokens, group=group
         )
         if step:
             tell(f"going on after step {step} of {n_steps}, from the checkpoint in {checkpoints}")
-        if changed := diff_identities(saved.versions, versions):
+        if saved.versions and (changed := diff_identities(saved.versions, versions)):
             tell(f"steps so far were of other versions than those to come: {'; '.join(changed)}")
 
         logs = open_loggers(config.loggers, work, run=out.name, settings=settings, past=rows)
@@ -245,9 +245,10 @@ def _check_same_step(group: Group, step: int, checkpoints: Path) -> None:
 
 
 def _put_rows(batch: Rows, device: str | torch.device) -> _Inputs:
+    # In two calls: one that copies to a GPU and converts would convert on the CPU first.
     return _Inputs(
-        batch.acts.to(device, torch.float32),
-        batch.grads.to(device, torch.float32),
+        batch.acts.to(device).float(),
+        batch.grads.to(device).float(),
         batch.tokens.to(device),
         getattr(batch, "objective", None),
     )

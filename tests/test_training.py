@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 from pipeline import train as module
@@ -15,7 +16,7 @@ from pipeline import training
 from pipeline.config import load_config
 from pipeline.errors import TrainError
 from pipeline.sae.group import Group
-from pipeline.training import plan_training, run_training
+from pipeline.training import plan_courses, plan_training, run_training
 from tests.tiny import run_cli, spawn_cli
 
 TRAIN = ("train", "--out", "runs/it", "--steps", "6")
@@ -181,6 +182,15 @@ def test_a_batch_with_fewer_rows_than_processes_is_refused() -> None:
     with pytest.raises(TrainError, match="a row for each of 3 processes, got 2"):
         run_training(plan, config, Path("runs/it"), device="cpu", provenance={}, group=group)
     assert not Path("runs").exists()
+
+
+def test_rows_stay_as_they_are_stored_until_a_step(project: Path) -> None:
+    """In 16 bits, of which half as many go to a GPU."""
+    config = load_config(project / "configs" / "tiny.yaml")
+    plan = plan_training(config.train, project / "stores" / "tiny")
+    course, *_ = plan_courses(plan, config.train, device="cpu", model=config.model)
+    batch = next(iter(course.open_stream(0)))
+    assert [batch.acts.dtype, batch.grads.dtype] == [torch.float16, torch.float16]
 
 
 @pytest.mark.usefixtures("project")

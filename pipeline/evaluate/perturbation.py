@@ -102,8 +102,8 @@ def measure_perturbation(
 
 
 def list_sites(model: LanguageModel, layers: Sequence[int] | None) -> list[str]:
-    """Those of SITES that the model offers in each of these layers, None: all. There is none where
-    blocks are not what the sites' equations say.
+    """Those of SITES that the model offers in each of these layers, None: all. Where a block is not
+    what the sites' equations say, resid_post stands, mlp_out does not.
     """
     layers = range(model.facts.n_layers) if layers is None else layers
     return [

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,16 @@ def replace_results(out: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `out` when all is written to it.
 
     Where anything fails, `out` stays as it was; where a run died between the two renames, earlier
-    measurements are put back first. Raises PipelineError, before anything is measured, if `out` is
-    neither measurements nor empty nor missing, or cannot be written.
+    measurements are put back first. Of a link the target is replaced. Raises PipelineError, before
+    anything is measured, if `out` is neither measurements nor empty nor missing, or cannot be
+    written; afterwards, if it cannot be replaced.
     """
+    out = out.resolve() if out.is_symlink() else out
     part, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("part", "old"))
     try:
         _put_back(old, out)
         _check_results(out)
-        for leftover in (part, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _discard(part, old)
         part.mkdir(parents=True)
     except OSError as error:
         raise PipelineError(
@@ -40,13 +41,10 @@ def replace_results(out: Path) -> Iterator[Path]:
         ) from None
     try:
         yield part
-        if out.exists():
-            out.rename(old)
-        part.rename(out)
+        _replace(out, part, old)
     finally:
         _put_back(old, out)
-        for leftover in (part, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _discard(part, old)
 
 
 def write_results(
@@ -79,18 +77,41 @@ def write_tables(folder: Path, tables: Mapping[str, Rows]) -> None:
 
 def _put_back(old: Path, out: Path) -> None:
     """Earlier measurements whose place the new ones did not take."""
-    if old.exists() and not out.exists():
+    if _is_free(out) and _has_measurements(old):
         old.rename(out)
 
 
+def _replace(out: Path, part: Path, old: Path) -> None:
+    try:
+        if _has_measurements(out):
+            out.rename(old)
+        part.rename(out)
+    except OSError as error:
+        raise PipelineError(
+            f"results at {out}: expected a folder that the new measurements can replace, got "
+            f"{error.strerror}. Run `pipeline evaluate` again with another --out."
+        ) from None
+
+
+def _discard(*folders: Path) -> None:
+    """Remove folders, their metrics first: a part that a killed run leaves is no measurements."""
+    for folder in folders:
+        with suppress(OSError):
+            (folder / "metrics.json").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _check_results(out: Path) -> None:
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists() and not _has_measurements(out):
+    if not _is_free(out) and not _has_measurements(out):
         raise PipelineError(
             f"results at {out}: expected measurements, an empty folder or nothing, got something "
             "else. Choose another --out."
         )
+
+
+def _is_free(out: Path) -> bool:
+    """Missing, or an empty folder, whose place a rename takes."""
+    return not out.exists() or (out.is_dir() and not any(out.iterdir()))
 
 
 def _has_measurements(folder: Path) -> bool:

@@ -72,11 +72,14 @@ def measure_steering(
     measured, how long its sequences are, nor how its alpha (50 in Fig. 6, in units of the residual
     stream) compares with the stream's norm; all stand in the table.
 
-    Raises CorpusError where fewer than n_sequences held-out blocks are `context` tokens long,
-    ConfigError where n_tokens are not fewer than the vocabulary.
+    Raises CorpusError where fewer than n_sequences held-out blocks are `context` tokens long, or
+    training left all of those positions out, ConfigError where n_tokens are not fewer than the
+    vocabulary.
     """
     check_tokens(model, n_tokens)
-    tokens = draw_sequences(corpus, n_sequences, context, seed=seed).to(model.device)
+    tokens = draw_sequences(
+        corpus, n_sequences, context, exclude_positions=exclude_positions, seed=seed
+    ).to(model.device)
     text = look_at_sequences(model, tokens, hook, exclude_positions=exclude_positions)
     direct = read_direct_map(model)
     facts = {
@@ -130,18 +133,26 @@ def pick_directions(
 
 
 def draw_sequences(
-    corpus: Corpus, n: int, context: int, *, seed: int
+    corpus: Corpus, n: int, context: int, *, exclude_positions: Sequence[int] = (), seed: int
 ) -> Int[Tensor, "sequences context"]:
     """The first `context` tokens of `choose_blocks`; raises what that does."""
-    picked = choose_blocks(corpus, n, context, seed=seed)
+    picked = choose_blocks(corpus, n, context, exclude_positions, seed=seed)
     blocks = [corpus.read_blocks("held_out", int(i), 1).tokens for i in picked]
     return torch.from_numpy(np.concatenate(blocks)[:, :context]).long()
 
 
-def choose_blocks(corpus: Corpus, n: int, context: int, *, seed: int = 0) -> np.ndarray:
-    """n random held-out blocks of at least `context` rows; raises CorpusError if there are fewer.
-    Pure arithmetic on the blocks' lengths.
+def choose_blocks(
+    corpus: Corpus, n: int, context: int, exclude_positions: Sequence[int] = (), *, seed: int = 0
+) -> np.ndarray:
+    """n random held-out blocks of at least `context` rows; raises CorpusError if there are fewer,
+    or no position below `context` is left to steer. Pure arithmetic on the blocks' lengths.
     """
+    if set(range(context)) <= set(exclude_positions):
+        raise CorpusError(
+            f"held-out text at {corpus.folder}: expected a position below {context} "
+            "(evidence.steering_context) that training did not leave out, got none. Run with "
+            "`--set evidence.steering_context=<tokens>`."
+        )
     long = np.flatnonzero(corpus.lengths("held_out") >= context)
     if len(long) < n:
         raise CorpusError(

@@ -80,7 +80,7 @@ def build_report(
     `metrics` is what evaluation wrote, `config` the run's config.json, `histories` the columns of
     each SAE's history.parquet, `store` and `corpus` their manifests, or None where they are no
     longer there. `evidence` are evaluation's tables by name, and `links` where the page finds the
-    files of some of them. All text is escaped; missing and non-finite numbers are shown as a dash.
+    files of some of them. All text is escaped; numbers that a table may lack are shown as a dash.
 
     Raises PipelineError, naming the table in `results_folder`, where its columns or values are not
     those that evaluation writes.

@@ -1,4 +1,4 @@
-"""Which SAEs share a chart: so few that their lines can be told apart."""
+"""Which SAEs share a chart: few, if k and size part them, so that lines can be told apart."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from pipeline.report.exhibits.exhibit import Rows, Tables
 from pipeline.report.figures import N_STYLES, series_style
 
-_PARTS = {"k": "k = {}", "d_sae": "{:,} latents"}
+_PARTS = {"k": "k\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{}", "d_sae": "{:,}\N{NO-BREAK SPACE}latents"}
 
 
 class Group(NamedTuple):
@@ -17,16 +17,20 @@ class Group(NamedTuple):
 
 
 def group_saes(saes: Mapping[str, Mapping[str, Any]]) -> list[Group]:
-    """All in one group; those of equal k, and then of equal d_sae too, where one has too many."""
-    groups = {(): list(saes)}
-    for n_parts in range(1, len(_PARTS) + 1):
+    """All in one group; those of equal k, and then of equal d_sae too, where one has too many.
+
+    Those that are equal in both, such as seeds, stay together, however many.
+    """
+    varying = [part for part in _PARTS if len({sae.get(part) for sae in saes.values()}) > 1]
+    groups = {"": list(saes)}
+    for n_parts in range(1, len(varying) + 1):
         if max(map(len, groups.values())) <= N_STYLES:
             break
         groups = {}
         for name, sae in saes.items():
-            key = tuple(sae.get(part) for part in list(_PARTS)[:n_parts])
-            groups.setdefault(key, []).append(name)
-    return [Group(_describe(key), tuple(names)) for key, names in groups.items()]
+            words = [_PARTS[part].format(sae.get(part)) for part in varying[:n_parts]]
+            groups.setdefault(", ".join(words), []).append(name)
+    return [Group(words, tuple(names)) for words, names in groups.items()]
 
 
 def plan_styles(saes: Mapping[str, Mapping[str, Any]], others: Iterable[str]) -> dict[str, str]:
@@ -42,9 +46,3 @@ def split_rows(rows: Rows, tables: Tables) -> Iterator[tuple[str, Rows]]:
     saes = {row["sae"]: row for row in tables.get("saes") or ()}
     for words, names in group_saes(saes):
         yield words, [row for row in rows if row["sae"] in names or row["sae"] not in saes]
-
-
-def _describe(key: tuple[Any, ...]) -> str:
-    return ", ".join(
-        word.format(part) for word, part in zip(_PARTS.values(), key, strict=False) if part
-    )

@@ -62,6 +62,7 @@ class BatchTopKSAE(SparseAutoencoder):
         ):
             if smallest is not None:
                 threshold.lerp_(smallest, torch.where(threshold > 0, 1 - THRESHOLD_DECAY, 1.0))
+        self._smallest = None, None
 
     def encode(
         self,

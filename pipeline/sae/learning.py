@@ -147,7 +147,7 @@ def _average(
     n_own = loss.new_tensor(len(acts), dtype=torch.float64)
     own = [n_own, loss * n_own, penalty * n_own, ratio.sum(), ratio.square().sum(), n_active]
     n_rows, *sums = group.sum(torch.stack([part.double() for part in own])).tolist()
-    return int(n_rows), [total / n_rows for total in sums]
+    return int(n_rows), [total / n_rows if n_rows else math.nan for total in sums]
 
 
 @torch.no_grad()

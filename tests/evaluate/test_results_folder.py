@@ -1,5 +1,6 @@
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ def measure(out: Path, value: int) -> None:
     with replace_results(out) as folder:
         (folder / "metrics.json").write_text(METRICS)
         write_tables(folder, {"found": [{"value": value}], "nothing": []})
+
+
+def fail_for_new(path: Path, target: Path, rename=Path.rename) -> Path:
+    if path.suffix == ".part":
+        raise OSError(errno.EIO, "Input/output error")
+    return rename(path, target)
 
 
 def interrupt(out: Path) -> None:
@@ -44,16 +51,10 @@ def test_a_failure_leaves_the_earlier_ones(tmp_path: Path) -> None:
 def test_earlier_ones_are_back_where_the_new_cannot_take_their_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, rename = tmp_path / "demo", Path.rename
+    out = tmp_path / "demo"
     measure(out, 1)
-
-    def fail_for_new(path: Path, target: Path) -> Path:
-        if path.suffix == ".part":
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(path, target)
-
     monkeypatch.setattr(Path, "rename", fail_for_new)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(PipelineError, match=r"got Input/output error\. Run `pipeline e"):
         measure(out, 2)
     assert (out / "found.csv").read_text().split() == ["value", "1"]
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
@@ -67,6 +68,59 @@ def test_earlier_ones_are_back_after_a_death_between_the_two_renames(tmp_path: P
         interrupt(out)
     assert (out / "found.csv").read_text().split() == ["value", "1"]
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_earlier_ones_are_back_in_the_place_of_an_empty_folder(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    measure(out, 1)
+    out.rename(tmp_path / ".demo.old")
+    out.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(out)
+    assert (out / "found.csv").read_text().split() == ["value", "1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_what_a_killed_run_did_not_remove_is_never_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(folder: Path, **_: bool) -> None:
+        if folder.exists():
+            raise KeyboardInterrupt
+
+    out, old = tmp_path / "demo", tmp_path / ".demo.old"
+    measure(out, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            measure(out, 2)
+    assert (out / "found.csv").read_text().split() == ["value", "2"]
+    assert [path.name for path in old.iterdir()] == ["found.csv"]
+    shutil.rmtree(out)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_folder_is_still_there_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "demo"
+    out.mkdir()
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(PipelineError, match="expected a folder that the new"):
+        measure(out, 1)
+    assert [(path.name, *path.iterdir()) for path in tmp_path.iterdir()] == [("demo",)]
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    target, link = tmp_path / "there/demo", tmp_path / "link"
+    measure(target, 1)
+    link.symlink_to(target)
+    measure(link, 2)
+    assert link.is_symlink()
+    assert (target / "found.csv").read_text().split() == ["value", "2"]
+    assert [path.name for path in target.parent.iterdir()] == ["demo"]
 
 
 def test_other_files_are_refused_and_kept(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from pipeline.config import Config, load_config
-from pipeline.errors import CorpusError
+from pipeline.errors import CorpusError, ModelError
 from pipeline.evaluate import evaluate_runs, stage
-from pipeline.evaluate.sizes import check_text
+from pipeline.evaluate.sizes import check_model, check_text
 from pipeline.model import LanguageModel, load_model
 from store.reader import open_store
 from tests.checkpoints import save_gpt2
@@ -31,7 +31,8 @@ NOTHING = {
 STEERING = {"evidence.steering_latents": 1, "evidence.steering_context": 9}
 # What is asked for, and the real rows of each block, of which position 0 is left out.
 ENOUGH: list[tuple[dict[str, Any], tuple[int, ...]]] = [
-    ({}, (1,)),
+    ({}, (1, 2)),
+    ({"evaluate.tokens": 2}, (1, 2)),
     ({"evaluate.tokens": 20}, (12, 8)),
     ({"evidence.sensitivity_rows": 99}, (3, 2)),  # as many as there are
     ({"evidence.perturbation_samples": 99}, (7, 8)),  # one sequence in place of 99
@@ -44,6 +45,11 @@ TOO_LITTLE: list[tuple[dict[str, Any], tuple[int, ...], str]] = [
         {"evaluate.tokens": 21},
         (12, 8),
         "at least 21 tokens (evaluate.tokens), got 20. Set evaluate.tokens to null",
+    ),
+    (
+        {"evaluate.tokens": 1},
+        (12, 12, 1),  # the last is drawn first
+        "a row that training did not leave out, got none in 1 blocks (evaluate.tokens). Set",
     ),
     (
         {"evidence.sensitivity_rows": 99},
@@ -71,6 +77,11 @@ TOO_LITTLE: list[tuple[dict[str, Any], tuple[int, ...], str]] = [
         "3 blocks of at least 9 tokens (evidence.steering_sequences, evidence.steering_context), "
         "got 2. Run",
     ),
+    (
+        STEERING | {"evidence.steering_context": 1},
+        (9, 8, 9),
+        "a position below 1 (evidence.steering_context) that training did not leave out, got",
+    ),
 ]
 
 
@@ -96,6 +107,21 @@ def test_too_little_is_held_out(model, settings, lengths, words):
     assert str(caught.value).startswith(f"held-out text at few-blocks: expected {words}")
     assert "\n" not in str(caught.value)
     check_text(make_config({}), FewBlocks(lengths), model, (0,))  # without that measurement
+
+
+@pytest.mark.parametrize("lengths", [(), (1,), (1, 1)])
+def test_there_is_no_row_to_measure(model, lengths):
+    with pytest.raises(CorpusError, match=f"got none in {len(lengths)} blocks .*larger corpus"):
+        check_text(make_config({}), FewBlocks(lengths), model, (0,))
+
+
+def test_sensitivity_is_refused_where_a_block_lacks_its_site(model):
+    lacking = model._replace(sites=model.sites - {"blocks.0.hook_resid_post"})
+    evidence = make_config({"evidence.sensitivity_rows": 9}).evidence
+    check_model(evidence, model)
+    with pytest.raises(ModelError, match=r"all of its 1 blocks, got none in 0\. .*_rows=0`\.$"):
+        check_model(evidence, lacking)
+    check_model(make_config({}).evidence, lacking)
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,15 @@ def test_the_figure_joins_models_of_equal_depth_alone():
     assert exhibit.data == ("scaling",)
 
 
+def test_two_layers_of_one_model_are_two_marks():
+    """Equally large, and at about the same depth, but no seeds of each other."""
+    results = [make_metrics("small", 12, 7), make_metrics("small", 12, 8)]
+    exhibit = show_scaling({"scaling": relate_models(results)}, {})
+    assert exhibit is not None
+    assert exhibit.charts[0].svg.count("<title>topk</title>") == 1 + 2  # the line, and its marks
+    assert "Only one model" not in exhibit.protocol
+
+
 def test_seeds_are_averaged_and_their_intervals_left_out():
     seeds = (0, 1)
     results = [make_metrics("small", 12, 8, seeds=seeds), make_metrics("xl", 48, 35, seeds=seeds)]

@@ -102,3 +102,12 @@ def test_a_loss_that_is_not_finite_changes_nothing(architecture: str, full: bool
     assert after.keys() == before.keys()
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
+
+
+def test_a_batch_without_rows_has_no_finite_loss():
+    config = make_config()
+    (spec,) = plan_members(config)
+    acts, grads = draw_rows(seed=0)
+    member = start_member(spec, config, acts)
+    with pytest.raises(LossNotFinite):
+        step_member(member, acts[:0], grads[:0], config=config, lr=0.01, full=False)

@@ -27,7 +27,8 @@ def _with_ends(*figures: str) -> tuple[str, ...]:
 
 
 _PATCHED = ("loss_added", "nmse", "kl")  # with intervals
-_FAITHFULNESS = (*_PATCHED, "ce_recovered_mean", "ce_recovered_zero")
+_PATCHED_MAY_LACK = (*_ends(*_PATCHED), "nmse")  # a row of zeros has none
+_FAITHFULNESS = ("loss_added", "kl", "ce_recovered_mean", "ce_recovered_zero")
 _SENSITIVITY = ("mean", "gradient_norm", "ratio_to_isotropic", "ratio_to_covariance")
 _STEERED = (
     *("alpha", "alpha_absolute", "n_latents"),
@@ -42,10 +43,10 @@ COLUMNS: Mapping[str, Columns] = {
         ("value", "low", "high", "n_seeds", "seeds_low", "seeds_high"),
     ),
     "saes": Columns(
-        ("sae", "architecture", "mode"), ("k", "beta", "d_sae", *_FAITHFULNESS), _ends(*_PATCHED)
+        ("sae", "architecture", "mode"), ("k", "beta", "d_sae", *_FAITHFULNESS), _PATCHED_MAY_LACK
     ),
     "controls": Columns(
-        ("control", "kind", "mode", "sees_label"), ("k", *_FAITHFULNESS), _ends(*_PATCHED)
+        ("control", "kind", "mode", "sees_label"), ("k", *_FAITHFULNESS), _PATCHED_MAY_LACK
     ),
     "fronts": Columns(
         ("panel", "sae", "architecture", "mode", "on_front"),

@@ -66,8 +66,6 @@ def show_scaling(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
     if not rows:
         return None
     several = any(row["result"] for row in rows)
-    joined = [row for row in rows if row["same_depth"]]
-    models = list(dict.fromkeys(row["model"] for row in joined))
     alone = (
         " Only one model is here: run the stages on others with --model, --layers and folders of "
         "their own, then `pipeline report --beside RESULTS` for each."
@@ -77,7 +75,8 @@ def show_scaling(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
         title="Scaling",
         source="Fig. 9",
         reading=(
-            "Lower is better: each line is a kind of SAE over models, the smallest on the left. "
+            "Lower is better: a row per SAE and model, and with several models a figure with a "
+            "line for each kind of SAE over them, the smallest on the left. "
             "The paper’s claim is that the g-SAE stays below TopK at every size."
         ),
         protocol=(
@@ -86,7 +85,7 @@ def show_scaling(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
             f"equally deep within {DEPTH_TOLERANCE} of all blocks; others stand alone, as marks. "
             "Several seeds are averaged. The figures are those of each model’s metrics.json."
             + alone
-            * (len(models) < 2)
+            * (not several)
         ),
         label_seen="Series with ∇ see the label (filled marks); series without ∇ and TopK do not.",
         paper=(
@@ -144,8 +143,9 @@ def _chart(rows: Rows) -> Chart:
         for row in rows
         if row["mode"] == "with_gradient" or row["beta"]  # without beta the modes are one
     ]
-    names = {row["size"]: row["model"] for row in sized}
-    x = plan_betas(names, label=lambda size: names[size])
+    models = group_rows(sized, lambda row: row["size"])
+    names = {size: dict.fromkeys(row["model"] for row in rows) for size, rows in models.items()}
+    x = plan_betas(names, label=lambda size: ", ".join(names[size]))
     heights = (row[f"loss_added{end}"] for row in sized for end in ("", "_low", "_high"))
     y = plan_linear(heights, label=format_percent, zero=True)
     lines = [line for joined in (True, False) for line in _list_lines(sized, joined=joined)]
@@ -162,7 +162,8 @@ def _list_lines(rows: Rows, *, joined: bool) -> list[Line]:
     for name, group in zip(names, groups.values(), strict=True):
         style, marker = mark_kind(kinds.index(name_kind(group[0])), group[0]["mode"])
         label = name if joined else f"{name}, at another depth"
-        points = [_average(seeds) for seeds in group_rows(group, lambda r: r["size"]).values()]
+        of_seeds = group_rows(group, lambda row: (row["size"], row["result"])).values()
+        points = [_average(seeds) for seeds in of_seeds]
         band = list_band(points, "size", "loss_added") if joined else ()
         places = [(point["size"], point["loss_added"]) for point in points]
         lines.append(Line(label, style, places, marker, joined=joined, band=band))
@@ -175,7 +176,7 @@ def _series(row: Mapping[str, Any]) -> tuple[str, int, float]:
 
 
 def _average(rows: Rows) -> dict[str, Any]:
-    """Means over seeds, of one model; the interval is one SAE's, and none of several."""
+    """Means over seeds, of one result; the interval is one SAE's, and none of several."""
     one = rows[0] if len(rows) == 1 else {}
     ends = {f"loss_added{end}": one.get(f"loss_added{end}") for end in ("_low", "_high")}
     mean = fmean(row["loss_added"] for row in rows)

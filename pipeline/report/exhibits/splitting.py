@@ -123,14 +123,14 @@ def _tabulate(gradients: Rows, summary: Rows) -> Iterator[Figures]:
 
 def _chart(tables: Tables, styles: Mapping[str, str]) -> Iterator[Chart]:
     gradients = tables.get("splitting_gradients") or ()
-    groups = (split_rows(rows, tables) for rows in (tables["splitting"], gradients))
-    for (words, bins), (_, along) in zip(*groups, strict=True):
+    shown = (tables["splitting"], gradients, tables["splitting_summary"])
+    groups = (split_rows(rows, tables) for rows in shown)
+    for (words, bins), (_, along), (_, summary) in zip(*groups, strict=True):
         ending = f", {words}" if words else ""
         yield _chart_bins(bins, styles, ending)
         if along:
             yield _chart_gradients(along, styles, ending)
-    if gradients:
-        yield _chart_ratios(tables["splitting_summary"], styles)
+            yield _chart_ratios(summary, styles, ending)
 
 
 def _chart_bins(bins: Rows, styles: Mapping[str, str], ending: str) -> Chart:
@@ -179,7 +179,7 @@ def _chart_gradients(gradients: Rows, styles: Mapping[str, str], ending: str) ->
     return Chart(title, unit, "part of the histogram", svg, list_keys(lines))
 
 
-def _chart_ratios(summary: Rows, styles: Mapping[str, str]) -> Chart:
+def _chart_ratios(summary: Rows, styles: Mapping[str, str], ending: str) -> Chart:
     estimates = [
         Estimate(row["sae"], styles[row["sae"]], row["ratio"], row["ratio_low"], row["ratio_high"])
         for row in summary
@@ -189,7 +189,7 @@ def _chart_ratios(summary: Rows, styles: Mapping[str, str]) -> Chart:
     svg = draw_estimates(
         estimates, label=format_short, tick=format_short, describe=describe, zero=False
     )
-    return Chart("Right tail over left", "", "1: no difference", svg)
+    return Chart(f"Right tail over left{ending}", "", "1: no difference", svg)
 
 
 def _fine(value: float) -> str:
