@@ -136,6 +136,7 @@ def train(run: Invocation, store: str | None, out: Path | None, overwrite: bool)
     from pipeline.cli.training import ask_to_stop, step_progress, train_on_workers
     from pipeline.device import pick_device
     from pipeline.distributed import open_group
+    from pipeline.memory import keep_freed_memory
     from pipeline.provenance import describe_run
     from pipeline.training import plan_training, run_training
 
@@ -146,6 +147,7 @@ def train(run: Invocation, store: str | None, out: Path | None, overwrite: bool)
         return
     plan = plan_training(config, find_store(run, store), run.config.cache.layers)
     total = None if "end_to_end" in config.architectures else plan.n_steps * config.batch_size
+    keep_freed_memory()
     try:
         with (
             open_group(pick_device(run.config.run.device)) as (group, device),

@@ -22,6 +22,7 @@ from pathlib import Path
 import store
 from pipeline.config import TrainConfig, load_config
 from pipeline.member import plan_members, start_member, step_member
+from pipeline.memory import keep_freed_memory
 from tests.benchmarks.stream import D_MODEL, N_SHARDS, make_spec, plan_epochs, write_store
 
 PROFILE = Path(__file__).parents[2] / "configs" / "gpt2-small.yaml"
@@ -44,6 +45,7 @@ def time_steps(config: TrainConfig, batches: Iterable[store.Batch]) -> list[floa
 
 def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the pipeline command does
+    keep_freed_memory()  # as pipeline train does
     parser = argparse.ArgumentParser()
     parser.add_argument("--dir", type=Path, help="where to write; default: a temporary folder")
     parser.add_argument("--steps", type=int, default=12, help="of each run")
