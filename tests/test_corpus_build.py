@@ -11,6 +11,7 @@ import pytest
 from transformers import ByT5Tokenizer
 
 from pipeline.corpus import write_corpus
+from pipeline.demo.library import is_unseen, list_library
 from pipeline.errors import CorpusError
 from tests.corpora import VOCAB, byte_tokenizer, corpus_config, some_texts, write, write_jsonl
 from tests.tiny import read_tree
@@ -64,6 +65,14 @@ def test_too_little_text_is_an_error_and_leaves_nothing(tmp_path, name, packing)
     with pytest.raises(CorpusError, match=rf"text\.jsonl: .*{message}.*--set\s+corpus"):
         write(source, tmp_path / "data/out", packing=packing, **changes)
     assert [path.name for path in (tmp_path / "data").iterdir()] == [".out.lock"]
+
+
+def test_the_demo_takes_what_this_python_has(tmp_path, monkeypatch):
+    """Distributors leave parts of the library out, and each version has less of it."""
+    names = [name for name in list_library() if is_unseen(name)][:40]
+    monkeypatch.setattr("pipeline.corpus.sources.list_library", lambda: names)
+    corpus = write("demo", tmp_path / "out", train_tokens=10**7, held_out_tokens=10**7)
+    assert 1000 < corpus.manifest.splits["train"].tokens < 10**7
 
 
 def test_a_folder_without_text(tmp_path):
