@@ -75,8 +75,8 @@ def show_scaling(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
         title="Scaling",
         source="Fig. 9",
         reading=(
-            "Lower is better: a row per SAE and model, and with several models a figure with a "
-            "line for each kind of SAE over them, the smallest on the left. "
+            "Lower is better: each line is a kind of SAE over models, the smallest on the left; of "
+            "one model there are marks alone. "
             "The paper’s claim is that the g-SAE stays below TopK at every size."
         ),
         protocol=(
@@ -92,7 +92,7 @@ def show_scaling(tables: Tables, styles: Mapping[str, str]) -> Exhibit | None:
             "The paper shows GPT-2 small, medium, large and XL about 3/4 deep, without "
             "numbers: what compares is the order of the kinds."
         ),
-        charts=(_chart(rows),) if several else (),  # one column of marks would say nothing
+        charts=(_chart(rows),),
         figures=(_tabulate(rows),),
         data=("scaling",) if several else ("saes",),
     )
