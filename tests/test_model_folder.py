@@ -15,15 +15,10 @@ from tests.hub import hub_environment, serve_hub
 from tests.refusals import refuse
 
 
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory):
-    return save_gpt2(tmp_path_factory.mktemp("pristine"), n_layers=3)
-
-
 @pytest.fixture
-def gpt2(pristine, tmp_path):
+def gpt2(tmp_path):
     """A GPT-2 checkpoint to spoil."""
-    return shutil.copytree(pristine, tmp_path / "gpt2")
+    return save_gpt2(tmp_path / "gpt2", n_layers=3)
 
 
 def test_facts_of_three_architectures(tmp_path):
@@ -142,18 +137,18 @@ def test_the_hub_is_asked_for_safe_files_only(gpt2, tmp_path):
     assert "expected a download or a copy in the cache, got neither" in other
 
 
-def test_hash_sees_weights_and_configuration(gpt2, pristine):
-    assert hash_weights(gpt2) == hash_weights(pristine)
+def test_hash_sees_weights_and_configuration(gpt2):
+    before = hash_weights(gpt2)
     (gpt2 / "tokenizer_config.json").write_text("{}")
-    assert hash_weights(gpt2) == hash_weights(pristine)
+    assert hash_weights(gpt2) == before
     weights = gpt2 / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert hash_weights(gpt2) != hash_weights(pristine)
+    assert hash_weights(gpt2) != before
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert hash_weights(gpt2) == hash_weights(pristine)
+    assert hash_weights(gpt2) == before
     config = json.loads((gpt2 / "config.json").read_text())
     (gpt2 / "config.json").write_text(json.dumps(config | {"n_head": 4}))
-    assert hash_weights(gpt2) != hash_weights(pristine)
+    assert hash_weights(gpt2) != before

@@ -13,7 +13,6 @@ THP_MEM_ALLOC_ENABLE=0 in the environment), and memory that is freed is kept.
 
 Prints a table and one JSON line last. Wanted: TopK at most 1.5 products, g-SAE at most 1.3 in
 float32 and 1.7 in bfloat16; TopK at least 3.5 times as fast as dense, bfloat16 g-SAE 4 times.
-`--grid`: instead, four members trained from one stream of a store, beside four runs of their own.
 """
 
 import argparse
@@ -23,7 +22,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,13 +30,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import store
-from pipeline.config import TrainConfig, load_config
-from pipeline.member import plan_members, start_member, step_member
 from pipeline.memory import keep_freed_memory
 from pipeline.sae import TopKSAE, init_weights, start_learning, take_step
-from tests.benchmarks.stream import D_MODEL, make_spec, plan_epochs, write_store
-from tests.benchmarks.train_from_store import PROFILE
+from tests.benchmarks.stream import D_MODEL
 
 BATCH, K, BETA, LR = 4096, 32, 1e5, 1e-4
 STEPS = 3  # of one turn
@@ -267,68 +261,21 @@ def describe(seconds: dict[str, float], peaks: dict[str, int], *, device: str) -
     }
 
 
-def time_grid(opened: store.ActivationStore, config: TrainConfig, n_steps: int) -> float:
-    """Seconds to train all members that the configuration lists from one stream."""
-    started = time.perf_counter()
-    members = None
-    stream = store.stream_batches(opened, plan_epochs(opened))
-    for batch in itertools.islice(stream, n_steps):
-        if members is None:
-            members = [start_member(spec, config, batch.acts) for spec in plan_members(config)]
-        for member in members:
-            step_member(member, batch.acts, batch.grads, config=config, lr=LR, full=False)
-    return time.perf_counter() - started
-
-
-def compare_grid(*, d_sae: int, n_steps: int, repeats: int, scratch: Path | None) -> None:
-    """One run of four members beside four runs of one, taking turns."""
-    shared = {"train.d_saes": [d_sae], "train.gradients": ["cached"]}
-    four = load_config(PROFILE, {"train.betas": [0.0, BETA], "train.ks": [32, 64], **shared}).train
-    ones = [
-        load_config(PROFILE, {"train.betas": [beta], "train.ks": [k], **shared}).train
-        for beta, k in itertools.product((0.0, BETA), (32, 64))
-    ]
-    seconds: dict[str, list[float]] = {"one stream": [], "four runs": []}
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        n_shards = max(2, -(-n_steps * BATCH // (60 * 255)))
-        opened = write_store(Path(folder) / "store", make_spec("float16", "none", n_shards))
-        for _ in range(repeats):
-            seconds["one stream"].append(time_grid(opened, four, n_steps))
-            seconds["four runs"].append(sum(time_grid(opened, one, n_steps) for one in ones))
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
-    print("| four members | s | ms per member and step |\n|---|---|---|")
-    for name, found in medians.items():
-        print(f"| {name} | {found:.1f} | {found / (4 * n_steps) * 1e3:.1f} |")
-    line = {
-        "name": f"four SAEs from one stream, {n_steps} steps",
-        "value": medians["one stream"],
-        "unit": "s",
-        "against": medians["four runs"],
-        "ratio": medians["one stream"] / medians["four runs"],
-    }
-    print(json.dumps(line))
-
-
 def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the pipeline command does
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--d-sae", type=int, default=15360)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="+", help="rows of the table; no JSON line")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(list_variants()), help="rows of the table; no JSON line"
+    )
     parser.add_argument("--serve", help=argparse.SUPPRESS)
-    parser.add_argument("--grid", action="store_true")
-    parser.add_argument("--steps", type=int, default=8, help="of each run of --grid")
-    parser.add_argument("--dir", type=Path, help="where --grid writes; default: a temporary folder")
     arguments = parser.parse_args()
     d_sae, device = arguments.d_sae, arguments.device
     keep_freed_memory()
     if arguments.serve:
         serve(arguments.serve, d_sae=d_sae, device=device)
-    elif arguments.grid:
-        compare_grid(
-            d_sae=d_sae, n_steps=arguments.steps, repeats=arguments.repeats, scratch=arguments.dir
-        )
     else:
         compare_steps(arguments.only, d_sae=d_sae, repeats=arguments.repeats, device=device)
 

@@ -1,3 +1,5 @@
+"""A folder of measurements is replaced as a whole, and an earlier one is never lost."""
+
 import errno
 import json
 import shutil
@@ -60,21 +62,15 @@ def test_earlier_ones_are_back_where_the_new_cannot_take_their_place(
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
-def test_earlier_ones_are_back_after_a_death_between_the_two_renames(tmp_path: Path) -> None:
+@pytest.mark.parametrize("emptied", [False, True])  # as where DVC or a user made the folder again
+def test_earlier_ones_are_back_after_a_death_between_the_two_renames(
+    tmp_path: Path, emptied: bool
+) -> None:
     out = tmp_path / "demo"
     measure(out, 1)
     out.rename(tmp_path / ".demo.old")
-    with pytest.raises(KeyboardInterrupt):
-        interrupt(out)
-    assert (out / "found.csv").read_text().split() == ["value", "1"]
-    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
-
-
-def test_earlier_ones_are_back_in_the_place_of_an_empty_folder(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
-    measure(out, 1)
-    out.rename(tmp_path / ".demo.old")
-    out.mkdir()
+    if emptied:
+        out.mkdir()
     with pytest.raises(KeyboardInterrupt):
         interrupt(out)
     assert (out / "found.csv").read_text().split() == ["value", "1"]
