@@ -27,12 +27,13 @@ def time_grid(opened: store.ActivationStore, config: TrainConfig, n_steps: int) 
     """Seconds to train all members that the configuration lists from one stream."""
     started = time.perf_counter()
     members = None
-    stream = store.stream_batches(opened, plan_epochs(opened))
+    stream = store.stream_batches(opened, plan_epochs(opened), as_stored=True)
     for batch in itertools.islice(stream, n_steps):
+        acts, grads = batch.acts.float(), batch.grads.float()
         if members is None:
-            members = [start_member(spec, config, batch.acts) for spec in plan_members(config)]
+            members = [start_member(spec, config, acts) for spec in plan_members(config)]
         for member in members:
-            step_member(member, batch.acts, batch.grads, config=config, lr=LR, full=False)
+            step_member(member, acts, grads, config=config, lr=LR, full=False)
     return time.perf_counter() - started
 
 

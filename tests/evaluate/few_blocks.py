@@ -19,14 +19,13 @@ CONTEXT, VOCAB = 12, 64
 class FewBlocks(Corpus):
     """A corpus that needs no file; some blocks are padded."""
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], *, source: str = "texts") -> None:
         rng = np.random.default_rng(0)
         tokens = rng.integers(VOCAB, size=(len(lengths), CONTEXT + 1), dtype=np.int32)
         object.__setattr__(self, "blocks", Blocks(tokens, np.array(lengths, np.int32)))
         object.__setattr__(self, "folder", Path("few-blocks"))
-        object.__setattr__(
-            self, "manifest", SimpleNamespace(packing="per_document", context_length=CONTEXT)
-        )
+        manifest = SimpleNamespace(source=source, packing="per_document", context_length=CONTEXT)
+        object.__setattr__(self, "manifest", manifest)
 
     def lengths(self, split: str) -> np.ndarray:
         assert split == "held_out"

@@ -109,6 +109,10 @@ def test_too_little_is_held_out(model, settings, lengths, words):
     check_text(make_config({}), FewBlocks(lengths), model, (0,))  # without that measurement
 
 
+def test_of_the_demo_text_all_there_is_is_enough(model):
+    check_text(make_config({"evaluate.tokens": 21}), FewBlocks((12, 8), source="demo"), model, (0,))
+
+
 @pytest.mark.parametrize("lengths", [(), (1,), (1, 1)])
 def test_there_is_no_row_to_measure(model, lengths):
     with pytest.raises(CorpusError, match=f"got none in {len(lengths)} blocks .*larger corpus"):
