@@ -4,8 +4,9 @@
     <folder>/<training>-<step>/history/<member>.parquet    the rows logged so far
     <folder>/<training>-<step>/state.json                  step, order, versions, SHA-256 of all
 
-<training> is a hash of the settings and the stream: another training does not go on from it. A
-checkpoint is written under a temporary name, made durable and renamed; the last two are kept.
+<training> is a hash of the settings and the stream: another training does not go on from it, and
+leaves it alone. A checkpoint is written under a temporary name, made durable and renamed; the last
+two are kept.
 """
 
 import errno
@@ -102,8 +103,9 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, training: str) -> 
             raise TrainError(_describe_full(folder, needed, free_bytes(folder))) from None
         raise
     # Of later steps there are only damaged ones, or training would have gone on from them.
-    ours = [other for other in _list_newest(folder, training) if other <= path]
-    for other in set(folder.iterdir()) - set(ours[:KEPT]):
+    ours = _list_newest(folder, training)
+    kept = [other for other in ours if other <= path][:KEPT]
+    for other in {*ours, *folder.glob(".*.part")} - set(kept):
         remove(other)
     return path
 
@@ -136,8 +138,14 @@ def read_newest(folder: Path, *, training: str, tell: Callable[[str], None]) -> 
             return _read(path, training)
         except (_Damaged, OSError, ValueError, SafetensorError) as error:
             tell(f"checkpoint at {path}: damaged ({error}); training goes on from an earlier one.")
-    if ours or any(path.is_dir() for path in folder.glob("[!.]*")):
+    if ours:
         tell(f"checkpoints at {folder}: none of this training is whole; it starts from step 1.")
+    elif any(path.is_dir() for path in folder.glob("[!.]*")):
+        tell(
+            f"checkpoints at {folder}: expected this training's, got those of other settings or of "
+            "another grid; it starts from step 1. They stay, for the command that wrote them to go "
+            "on from, until a run is finished here."
+        )
     return None
 
 

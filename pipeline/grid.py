@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -68,12 +69,14 @@ class ShareResult(NamedTuple):
 
     share: Share
     failed: dict[str, str]  # why members have no SAE, by name
+    stopped: bool = False  # after a checkpoint, as it was asked to
 
 
 class GridJob(NamedTuple):
     """All that a worker needs beside its share; a pipeline.proof.Job."""
 
     work: Path  # with the shares' runs
+    stop_path: Path  # in it, once the shares are to stop
     device: str
     config: TrainConfig  # of the whole grid, with the precision pinned
     model: ModelConfig | None  # for end-to-end members
@@ -88,6 +91,11 @@ class GridJob(NamedTuple):
 
     def find_inputs(self) -> dict[str, Callable[[], str]]:
         return {"store": lambda: read_manifest(self.store.open()).checksum}
+
+    def stop(self) -> None:
+        """Have all shares stop after the step in hand and a checkpoint."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.stop_path.touch()
 
     def prepare(self) -> None:
         """Nothing: a share opens what it reads."""
@@ -124,8 +132,10 @@ def plan_grid(
     store = StoreSource(path, cache_root, cache_bytes)
     files = open_files(source, cache_root=cache_root, cache_bytes=cache_bytes)
     plan = plan_training(config, files, layers)
+    work = out.resolve().with_name(f".{out.name}.grid")
     job = GridJob(
-        work=out.resolve().with_name(f".{out.name}.grid"),
+        work=work,
+        stop_path=work / f".stop-{uuid.uuid4().hex}",  # no later command's
         device=device,
         config=pin_precision(config, pick_device(device)),
         model=model,
@@ -161,7 +171,12 @@ def train_share(job: GridJob, share: Share) -> ShareResult:
             provenance=job.facts,
             model=job.model,
             only=share.members,
+            should_stop=job.stop_path.exists,
         )
+    except KeyboardInterrupt:
+        if not job.stop_path.exists():
+            raise
+        return ShareResult(share, {}, stopped=True)
     except NoMemberLeft as error:  # the other shares' members may fare better
         return ShareResult(share, error.failed)
     return ShareResult(share, run.failed)
@@ -182,7 +197,7 @@ def run_grid(
 
     `workers` is entered only if members are missing. `tell` is told of shares passed over.
     Raises TrainError where all members failed, `out` holds another run or a process that writes
-    one, or a logger is not installed.
+    one, or a logger is not installed; KeyboardInterrupt once shares have stopped by `job.stop`.
     """
     check_loggers(config.loggers)
     courses = plan_courses(plan, job.config, device=job.device, model=job.model)
@@ -197,13 +212,19 @@ def run_grid(
         kept = _collect(job.work, recipes, tell) | kept
         missing = {name: recipe for name, recipe in recipes.items() if name not in kept}
         failed: dict[str, str] = {}
+        stopped = False
         if missing:
             with workers as mapper:
                 shares = split_members(missing, mapper.n_workers)
                 for result in mapper(functools.partial(train_share, job), shares):
                     failed |= result.failed
-                    if on_share:
+                    stopped |= result.stopped
+                    if on_share and not result.stopped:
                         on_share(result)
+        if stopped:
+            raise KeyboardInterrupt(
+                "Stopped; all workers' steps are saved. Run the same command again to go on."
+            )
         kept = _collect(job.work, recipes) | kept
         if not kept:
             raise TrainError(

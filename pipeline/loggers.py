@@ -1,9 +1,10 @@
 """Who is told of the logged steps as they happen: DVCLive always, wandb and TensorBoard if asked.
 
 <folder>/live/<member>/ is DVCLive's, <folder>/tensorboard/<member>/ TensorBoard's,
-<folder>/wandb/ that of wandb, which has one run with <member>/loss and so on.
+<folder>/wandb/<member>/ that of wandb, which has a run for each member.
 """
 
+import hashlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,14 +32,14 @@ def open_loggers(
 ) -> Iterator[Log]:
     """Yield what hands a row to DVCLive and to all loggers named; they are closed at the end.
 
-    `run` and `settings` are what wandb calls the run and shows of it. `past` rows of members, which
-    a checkpoint kept, are logged first, so that all have the log of an undisturbed run. Raises
-    TrainError, before anything is written, where a logger's package is not installed.
+    `run` and `settings` are what wandb calls the group of runs and shows of each. `past` rows of
+    members, which a checkpoint kept, are logged first, so that all have the log of an undisturbed
+    run. Raises TrainError, before anything is written, where a logger's package is not installed.
     """
     check_loggers(names)
     openers: dict[str, Callable[[], AbstractContextManager[Log]]] = {
         "tensorboard": lambda: log_to_tensorboard(folder / "tensorboard"),
-        "wandb": lambda: log_to_wandb(folder, run=run, settings=settings),
+        "wandb": lambda: log_to_wandb(folder / "wandb", run=run, settings=settings),
     }
     with ExitStack() as stack:
         logs = [stack.enter_context(log_to_dvclive(folder / "live"))]
@@ -113,31 +114,52 @@ def log_to_tensorboard(folder: Path) -> Iterator[Log]:
 
 @contextmanager
 def log_to_wandb(folder: Path, *, run: str, settings: Mapping[str, Any]) -> Iterator[Log]:
-    """One run of wandb, in the project gsae-pipeline; without a network by WANDB_MODE=offline."""
-    wandb: Any = importlib.import_module("wandb")
-    try:
-        opened = wandb.init(
-            project="gsae-pipeline",
-            name=run,
-            dir=str(folder),
-            config=dict(settings),
-            settings=wandb.Settings(silent=True),
-        )
-    except wandb.Error as error:
-        reason = " ".join(str(error).split())
-        raise TrainError(
-            f"wandb for {folder}: expected to be logged in, got: {reason:.200}. "
-            "Run `wandb login`, or set WANDB_MODE=offline."
-        ) from None
+    """A run of wandb per member, in the project gsae-pipeline; offline by WANDB_MODE=offline."""
+    runs: dict[str, Any] = {}
 
     def log(member: str, row: Row) -> None:
-        values = {f"{member}/{name}": value for name, value in _list_metrics(row)}
-        opened.log(values, step=row["step"])
+        if member not in runs:
+            runs[member] = _open_wandb(folder / member, run, member, row, settings)
+        runs[member].log(dict(_list_metrics(row)), step=row["step"])
 
     try:
         yield log
     finally:
-        opened.finish()
+        for opened in runs.values():
+            opened.finish()
+        for path in folder.rglob("*"):
+            if path.is_symlink():  # to wandb's own log in the user's cache: no copy would be whole
+                path.unlink()
+
+
+def _open_wandb(
+    folder: Path, run: str, member: str, first: Row, settings: Mapping[str, Any]
+) -> Any:
+    """The member's run, which an interrupted training that goes on has already.
+
+    Such a training logs the `first` row again; no other has one of the same rate and loss.
+    """
+    wandb: Any = importlib.import_module("wandb")
+    decisive = (run, member, float(first["tokens_per_s"]), float(first["loss"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return wandb.init(
+            project="gsae-pipeline",
+            group=run,
+            name=f"{run}/{member}",
+            id=hashlib.sha256(repr(decisive).encode()).hexdigest()[:16],
+            resume="allow",
+            reinit="create_new",  # beside the other members' runs
+            dir=str(folder),
+            config=dict(settings),
+            settings=wandb.Settings(silent=True, symlink=False),
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise TrainError(
+            f"wandb for {folder}: expected to be logged in, got: {reason}. "
+            "Run `wandb login`, or set WANDB_MODE=offline."
+        ) from None
 
 
 def _list_metrics(row: Row) -> Iterator[tuple[str, Any]]:

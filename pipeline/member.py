@@ -198,7 +198,7 @@ def step_member(
     full: bool,
 ) -> StepMetrics:
     """Take one optimizer step as the configuration says, with `k` of this step; see `take_step`."""
-    member.learner.sae.k = member.spec.k if k is None else k
+    member.learner.sae.set_k(member.spec.k if k is None else k)
     return take_step(
         member.learner,
         acts,

@@ -34,12 +34,12 @@ HISTORY_NAME = "history.parquet"
 
 def locate_work(out: Path) -> Path:
     """Where the run for `out` is written."""
-    return _name_beside(out, "part")
+    return name_beside(out, "part")
 
 
 def locate_checkpoints(out: Path) -> Path:
     """Where checkpoints of the run for `out` are."""
-    return _name_beside(out, "checkpoints")
+    return name_beside(out, "checkpoints")
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def open_run(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         yield work
-        old = _name_beside(out, "old")
+        old = name_beside(out, "old")
         shutil.rmtree(old, ignore_errors=True)
         crash_point("train:before-publish")
         if out.exists():
@@ -86,7 +86,7 @@ def restore_run(out: Path) -> None:
 
     Where the next one has, the earlier one is deleted, as that process would have done.
     """
-    old = _name_beside(out, "old")
+    old = name_beside(out, "old")
     if not old.exists():
         return
     with lock_run(out):
@@ -148,8 +148,9 @@ def write_run(
 ) -> None:
     """Write the members, the finished ones of `keep` and what is said of all, to `work`.
 
-    `training` is what each member's config.json says of how it came about, `facts` what the run's
-    does. What failed in the runs of the kept ones is said again.
+    `training` is what each member's config.json says of how it came about, beside its
+    `trained_tokens`, and `facts` what the run's does. What failed in the runs of the kept ones is
+    said again.
     """
     for name, folder in keep.items():
         link_tree(folder, work / name)
@@ -157,8 +158,10 @@ def write_run(
             link_tree(logs, work / logs.parent.name / name)
     for member in members:
         folder = work / member.spec.name
-        _save_weights(member, folder, training=training[member.spec.name])
-        write_history(folder / HISTORY_NAME, rows[member.spec.name])
+        logged = rows[member.spec.name]
+        trained = {"trained_tokens": logged[-1]["tokens"]}
+        _save_weights(member, folder, training={**training[member.spec.name], **trained})
+        write_history(folder / HISTORY_NAME, logged)
     for run in {folder.parent for folder in keep.values()}:
         failed = json.loads((run / "config.json").read_bytes())["failed"] | failed
     grid = [spec.name for spec in plan_members(config, loss=find_loss(facts))]
@@ -184,7 +187,7 @@ def write_run(
 @contextmanager
 def lock_run(out: Path) -> Iterator[None]:
     """Keep other writers from the run at `out`; whoever holds the lock may take it again."""
-    path = _name_beside(out, "lock")
+    path = name_beside(out, "lock")
     lock = FileLock(path, timeout=0, is_singleton=True)  # which counts how often it is taken
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -209,12 +212,12 @@ def lock_run(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _name_beside(out: Path, suffix: str) -> Path:
+def name_beside(out: Path, suffix: str, *, what: str = "run") -> Path:
     """A sibling of `out`; raises TrainError where `out` has no name of its own, such as "."."""
     if out.name in ("", ".."):
         raise TrainError(
-            f"run folder at {out}: expected a folder's name, got none. Pass one such as --out "
-            "runs/demo."
+            f"{what} folder at {out}: expected a folder's name, got none. Pass one such as --out "
+            f"{what}s/demo."
         )
     return out.with_name(f".{out.name}.{suffix}")
 

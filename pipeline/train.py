@@ -47,6 +47,7 @@ from store.stream_plan import StreamState
 
 # Settings of which each member has one value, by another key.
 _AXES = {"betas", "gradients", "ks", "d_saes", "seeds"}
+_L0_MISS = 0.1  # of k: a steered L0 that is further off is told
 
 
 class NoMemberLeft(TrainError):
@@ -140,6 +141,8 @@ def train(
         members = resume_members(
             specs, exact, saved, d_model, device, n_tokens=n_tokens, group=group
         )
+        for member in members:  # as their last step had it
+            member.learner.sae.k = find_k(config, step - 1, n_steps, k=member.spec.k)
         if step:
             tell(f"going on after step {step} of {n_steps}, from the checkpoint in {checkpoints}")
         if saved.versions and (changed := diff_identities(saved.versions, versions)):
@@ -208,6 +211,8 @@ def train(
                 f"activations for {out}: expected {n_steps} batches, got {step} ({tokens} rows). "
                 f"Lower --tokens or cache more."
             )
+        for member in members:
+            _tell_missed_l0(member, rows[member.spec.name][-1], tell)
         if leads:
             write_run(
                 work,
@@ -288,6 +293,16 @@ def _step_members(
         except LossNotFinite as error:
             stopped[name] = f"loss of {name} at step {step}: {error}"
     return metrics, stopped
+
+
+def _tell_missed_l0(member: Member, last: Row, tell: Callable[[str], None]) -> None:
+    """Say so where a penalty had too few steps to bring L0 near k."""
+    sae, l0 = member.learner.sae, last["l0"]
+    if not sae.selects and abs(l0 - sae.k) > _L0_MISS * sae.k:
+        tell(
+            f"L0 of {member.spec.name}: expected about {sae.k} after the last step, got {l0:.1f}. "
+            "Train longer for an SAE to compare at this k."
+        )
 
 
 def _anyone(group: Group, says: Callable[[], bool] | None) -> bool:

@@ -143,7 +143,9 @@ def run_training(
         kept = {} if overwrite else find_finished(out, recipes)
         if tell and kept and leads:
             tell(f"kept as they are in {out}: {', '.join(kept)}")
-        _train_courses(courses, kept, lambda: find_finished(out, recipes), train_some)
+        _train_courses(
+            courses, kept, lambda: find_finished(out, recipes), train_some, overwrite=overwrite
+        )
     return read_run(out)
 
 
@@ -152,9 +154,12 @@ def _train_courses(
     kept: Mapping[str, Path],
     find_kept: Callable[[], Mapping[str, Path]],
     train_some: Callable[..., object],
+    *,
+    overwrite: bool,
 ) -> None:
     """Train what is missing of each course; raises NoMemberLeft last, if one had none left."""
     lost: NoMemberLeft | None = None
+    published = False
     for course in courses:
         missing = [spec for spec in course.specs if spec.name not in kept]
         if not missing:
@@ -167,8 +172,14 @@ def _train_courses(
                 keep=kept,
                 order=course.order,
             )
+            published = True
         except NoMemberLeft as error:  # another course's may do better
             lost = error
+        except KeyboardInterrupt as stop:
+            if overwrite and published:
+                kept_ones = "Leave out --overwrite then, which would train the finished ones again."
+                raise KeyboardInterrupt(f"{stop} {kept_ones}".strip()) from None
+            raise
         kept = find_kept()
     if lost:
         raise lost

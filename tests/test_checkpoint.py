@@ -82,15 +82,15 @@ def test_the_last_two_are_kept(tmp_path: Path) -> None:
     check_same(read(tmp_path)[0], 11)
 
 
-def test_another_training_does_not_go_on_from_it_and_replaces_it(tmp_path: Path) -> None:
+def test_another_training_does_not_go_on_from_it_and_leaves_it(tmp_path: Path) -> None:
     write(tmp_path, 5)
     got, said = read(tmp_path, OTHER)
     assert got is None
+    assert "got those of other settings" in said[0]
     assert "starts from step 1" in said[0]
-    check_same(read(tmp_path)[0], 5)  # still there until the other has one
-    write(tmp_path, 2, training=OTHER)
-    assert read(tmp_path)[0] is None
-    check_same(read(tmp_path, OTHER)[0], 2)
+    write(tmp_path, 2, 3, 4, training=OTHER)
+    check_same(read(tmp_path)[0], 5)
+    check_same(read(tmp_path, OTHER)[0], 4)
 
 
 @pytest.mark.parametrize(

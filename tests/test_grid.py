@@ -4,6 +4,8 @@ import functools
 import json
 import os
 import shutil
+import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,7 +23,7 @@ from pipeline.errors import TrainError
 from pipeline.grid import Share, ShareResult, plan_grid, run_grid, split_members
 from pipeline.runs import Run
 from pipeline.training import plan_training, run_training
-from tests.tiny import read_tree
+from tests.tiny import read_tree, spawn_cli
 
 SETTINGS = (
     *("train.architectures=[topk, batch_topk]", "train.betas=[0, 1e4]", "train.precision=float32"),
@@ -147,6 +149,29 @@ def test_a_stopped_grid_goes_on_with_the_missing_shares(project: Path) -> None:
     assert read_results(out) == read_results(project / "runs/alone")
 
 
+def test_shares_that_are_asked_to_stop_save_first_and_go_on(project: Path) -> None:
+    out, config = project / "runs/asked", configure().config.train
+    plan, job = plan_grid(
+        config, out, source=Path("stores/tiny"), device="cpu", provenance={"by": "test"}
+    )
+
+    def stop_at_second(function: Callable[[Share], ShareResult], share: Share) -> ShareResult:
+        if share.index == 1:
+            job.stop()
+        return function(share)
+
+    finished: list[ShareResult] = []
+    with pytest.raises(KeyboardInterrupt, match=r"saved\. Run the same command again to go on"):
+        run_grid(
+            *(plan, job, config, out, nullcontext(Here(3, stop_at_second))),
+            on_share=finished.append,
+        )
+    assert [result.share.index for result in finished] == [0]
+    assert len([*job.work.glob(".*.checkpoints/*-00000001")]) == 2  # after the step in hand
+    train_grid(out, Here(2))
+    assert read_results(out) == read_results(project / "runs/alone")
+
+
 def test_a_share_of_other_settings_is_passed_over_and_told(project: Path) -> None:
     out = project / "runs/changed"
 
@@ -253,6 +278,27 @@ def test_workers_of_which_one_dies_make_the_files_of_one_process(
     assert {r.share.members for r in finished} == {NAMES[::2], NAMES[1::2]}
     assert str(os.getpid()) not in {r.failed["pid"] for r in finished}
     assert read_results(out) == read_results(project / "runs/alone")
+
+
+def test_11_ctrl_c_has_workers_save_first(project: Path) -> None:
+    out = project / "runs/interrupted"
+    settings = ("train.betas=[0, 1e4]", "train.epochs=1000000", "train.checkpoint_every=1000000")
+    options = [word for setting in settings for word in ("--set", setting)]
+    process = spawn_cli("train", "--out", str(out), "--workers", "2", *options, cwd=project)
+    deadline = time.monotonic() + 300
+    while len([*project.glob("runs/.interrupted.grid/.*.part/live/*/metrics.json")]) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert [line for line in err.splitlines() if line] == [
+        "Stopping after this step. Ctrl-C again stops at once.",
+        "Stopped; all workers' steps are saved. Run the same command again to go on.",
+    ]
+    saved = [*project.glob("runs/.interrupted.grid/.*.checkpoints/*/state.json")]
+    assert len(saved) == 2
 
 
 def test_a_worker_that_sees_another_store_is_refused(project: Path) -> None:

@@ -6,12 +6,14 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline import loggers
 from pipeline.errors import TrainError
+from pipeline.history import read_history, write_history
 from pipeline.loggers import open_loggers
 from tests.test_history import make_row
 
@@ -70,20 +72,46 @@ def test_rows_reach_wandb_without_a_network(
     log_two_steps(tmp_path, "wandb")
     assert capfd.readouterr().out == ""
 
-    (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    records = [*read_wandb(path)]
-    names = [(r.run.project, r.run.display_name) for r in records if r.HasField("run")]
-    history = [
-        {
-            item.key or "/".join(item.nested_key): json.loads(item.value_json)
-            for item in r.history.item
-        }
-        for r in records
-        if r.HasField("history")
-    ]
-    assert set(names) == {("gsae-pipeline", "demo")}
-    assert [row["_step"] for row in history] == [1, 5]
-    assert [(row["a/loss"], row["b/loss"]) for row in history] == [(9.0, 9.0), (1.8, 1.8)]
+    for member in ("a", "b"):
+        (path,) = (tmp_path / "wandb" / member).glob("wandb/offline-run-*/run-*.wandb")
+        records = [*read_wandb(path)]
+        runs = [r.run for r in records if r.HasField("run")]
+        history = [
+            {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in r.history.item
+            }
+            for r in records
+            if r.HasField("history")
+        ]
+        names = {(run.project, run.run_group, run.display_name) for run in runs}
+        assert names == {("gsae-pipeline", "demo", f"demo/{member}")}
+        assert [(row["_step"], row["loss"]) for row in history] == [(1, 9.0), (5, 1.8)]
+    assert not [path for path in tmp_path.rglob("*") if path.is_symlink()]
+
+
+def test_a_training_that_goes_on_has_the_runs_of_wandb_that_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    begun: list[str] = []
+
+    def begin(**settings: Any) -> Any:
+        assert settings["resume"] == "allow"
+        begun.append(settings["id"])
+        return SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+
+    monkeypatch.setattr(wandb, "init", begin)
+    log_two_steps(tmp_path, "wandb")
+    write_history(tmp_path / "kept.parquet", [make_row(1) | {"loss": 9}])
+    past = dict.fromkeys("ab", read_history(tmp_path / "kept.parquet"))
+    with open_loggers(["wandb"], tmp_path, run="demo", settings={}, past=past) as log:
+        log("a", make_row(5))
+    log_two_steps(tmp_path, "wandb", tokens_per_s=1.5)
+    first, resumed, again = begun[:2], begun[2:4], begun[4:]
+    assert first == resumed
+    assert len({*first, *again}) == 4  # of another training in the same folder, too
 
 
 def read_wandb(path: Path) -> Iterator[Any]:
@@ -110,7 +138,7 @@ def test_wandb_without_a_login_says_what_to_do(
         raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(TrainError, match=r"No API key.*WANDB_MODE=offline"):
+    with pytest.raises(TrainError, match=r"No API key.* to log in\. Run.*WANDB_MODE=offline"):
         log_two_steps(tmp_path, "wandb")
 
 

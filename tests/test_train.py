@@ -388,6 +388,14 @@ def test_a_steered_sae_starts_at_k_start(tmp_path: Path) -> None:
     assert l0[1] > 2 * l0[0]
 
 
+def test_an_l0_that_is_not_near_k_is_told(tmp_path: Path) -> None:
+    said: list[str] = []
+    config = make_config(architectures=("relu", "topk"), ks=(1,), betas=(0.0,))
+    train(config, opens(2), d_model=8, n_steps=2, out=tmp_path / "run", tell=said.append)
+    (line,) = said
+    assert line.startswith("L0 of relu-k1-beta0: expected about 1 after the last step, got ")
+
+
 def test_a_place_where_no_file_can_be_made_is_not_called_locked() -> None:
     with pytest.raises(TrainError, match=r"/proc/x: expected a writable place, got one where no"):
         train(make_config(), opens(2), d_model=8, n_steps=2, out=Path("/proc/x"))

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from pipeline import train as module
 from pipeline import training
 from pipeline.config import load_config
 from pipeline.errors import TrainError
+from pipeline.member import MemberSpec
 from pipeline.sae.group import Group
 from pipeline.training import plan_courses, plan_training, run_training
 from tests.tiny import run_cli, spawn_cli
@@ -201,6 +202,34 @@ def test_a_hook_that_several_layers_have_is_chosen_by_its_layer() -> None:
         plan_training(config, Path("stores/two"))
     plan = plan_training(config, Path("stores/two"), [0])
     assert plan.stream.hook == "blocks.0.hook_resid_post"
+
+
+def test_a_stop_after_the_first_course_says_how_not_to_begin_again(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --overwrite the same command would train what it has finished once more."""
+    grid = ("--beta", "0", "--architecture", "topk", "--architecture", "end_to_end")
+    assert run_cli(*TRAIN, *grid) == 0
+    before, real = find_inodes(project), training.train
+
+    def stop_in_the_second(*args: object, specs: Sequence[MemberSpec], **kwargs: object) -> object:
+        if specs[0].architecture == "end_to_end":
+            kwargs["should_stop"] = lambda: True
+        return real(*args, specs=specs, **kwargs)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(training, "train", stop_in_the_second)
+    assert run_cli(*TRAIN, *grid, "--overwrite") == 130
+    said = capsys.readouterr().err
+    assert "to go on. Leave out --overwrite then, which would train the finished ones" in said
+    halfway = find_inodes(project)
+    assert set(halfway) == {"k4-beta0"}
+    assert halfway["k4-beta0"] != before["k4-beta0"]
+
+    monkeypatch.undo()
+    monkeypatch.chdir(project)
+    assert run_cli(*TRAIN, *grid) == 0
+    assert "going on after step 1 of" in capsys.readouterr().err
+    assert find_inodes(project)["k4-beta0"] == halfway["k4-beta0"]
 
 
 def test_end_to_end_and_tokenized_members_train_beside_the_others(project: Path) -> None:

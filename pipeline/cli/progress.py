@@ -21,13 +21,15 @@ def byte_progress(label: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def token_progress(
-    label: str, total: int | float | None, unit: str = "tokens"
+    label: str, total: int | float | None, unit: str = "tokens", *, since: float | None = None
 ) -> Iterator[Callable[..., None]]:
-    """Yield `advance(n_tokens, note="", skipped=False)`; shows the tokens done, tokens/s, the time
-    left and the note. Skipped ones are done, but do not count in tokens/s.
+    """Yield `advance(n_tokens, note="", skipped=False, total=None)`; shows the tokens done,
+    tokens/s, the time left and the note. Skipped ones are done, but do not count in tokens/s;
+    a total takes the place of the one before. `since` is when it began, by time.monotonic().
     """
+    started = time.monotonic() if since is None else since
     if not sys.stderr.isatty():
-        yield _LinePrinter(label, total, unit)
+        yield _LinePrinter(label, total, unit, started)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -39,25 +41,39 @@ def token_progress(
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(label, total=total, rate="", note="")
-        started, done = time.monotonic(), 0
+        done = 0
 
-        def advance(n_tokens: int | float, note: str = "", *, skipped: bool = False) -> None:
+        def advance(
+            n_tokens: int | float,
+            note: str = "",
+            *,
+            skipped: bool = False,
+            total: int | float | None = None,
+        ) -> None:
             nonlocal done
             done += 0 if skipped else n_tokens
             rate = f"{done / (time.monotonic() - started):,.0f} {unit}/s"
-            progress.update(task, advance=n_tokens, rate=rate, note=note)
+            progress.update(task, advance=n_tokens, total=total, rate=rate, note=note)
 
         yield advance
 
 
 class _LinePrinter:
-    def __init__(self, label: str, total: int | float | None, unit: str) -> None:
+    def __init__(self, label: str, total: int | float | None, unit: str, started: float) -> None:
         self._label, self._total, self._unit = label, total, unit
-        self._done, self._started, self._printed = 0.0, time.monotonic(), -LINE_EVERY_S
+        self._done, self._started, self._printed = 0.0, started, -LINE_EVERY_S
         self._skipped = 0.0
 
-    def __call__(self, n_tokens: int | float, note: str = "", *, skipped: bool = False) -> None:
+    def __call__(
+        self,
+        n_tokens: int | float,
+        note: str = "",
+        *,
+        skipped: bool = False,
+        total: int | float | None = None,
+    ) -> None:
         self._done += n_tokens
+        self._total = self._total if total is None else total
         if skipped:
             self._skipped += n_tokens
             return

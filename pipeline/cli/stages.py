@@ -2,7 +2,6 @@
 them, so that help is quick.
 """
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,7 +132,7 @@ def train(run: Invocation, store: str | None, out: Path | None, overwrite: bool)
     With workers, each trains a share of the grid. With `torchrun --nproc-per-node N -m pipeline
     train`, N processes train each SAE together.
     """
-    from pipeline.cli.training import ask_to_stop, step_progress, train_on_workers
+    from pipeline.cli.training import ask_to_stop, step_progress, tell_stopped, train_on_workers
     from pipeline.device import pick_device
     from pipeline.distributed import open_group
     from pipeline.memory import keep_freed_memory
@@ -143,35 +142,31 @@ def train(run: Invocation, store: str | None, out: Path | None, overwrite: bool)
     config, out = run.config.train, out or run.paths.run
     if run.config.run.workers or run.config.run.scheduler:
         where = store or run.paths.store
-        _tell_trained(train_on_workers(run, where, out, overwrite=overwrite), out)
+        with tell_stopped():
+            trained = train_on_workers(run, where, out, overwrite=overwrite)
+        _tell_trained(trained, out)
         return
     plan = plan_training(config, find_store(run, store), run.config.cache.layers)
-    total = None if "end_to_end" in config.architectures else plan.n_steps * config.batch_size
     keep_freed_memory()
-    try:
-        with (
-            open_group(pick_device(run.config.run.device)) as (group, device),
-            ask_to_stop() as asked,
-            step_progress(total, shown=group.rank == 0) as show,
-        ):
-            trained = run_training(
-                plan,
-                config,
-                out,
-                device=device,
-                model=run.config.model,
-                provenance=describe_run(run.profile, run.config),
-                group=group,
-                overwrite=overwrite,
-                on_step=show,
-                tell=lambda text: click.echo(text, err=True),
-                should_stop=asked,
-            )
-    except KeyboardInterrupt as stopped:
-        if not stopped.args:
-            raise
-        click.echo(stopped.args[0], err=True)
-        sys.exit(130)
+    with (
+        tell_stopped(),
+        open_group(pick_device(run.config.run.device)) as (group, device),
+        ask_to_stop() as asked,
+        step_progress(shown=group.rank == 0) as show,
+    ):
+        trained = run_training(
+            plan,
+            config,
+            out,
+            device=device,
+            model=run.config.model,
+            provenance=describe_run(run.profile, run.config),
+            group=group,
+            overwrite=overwrite,
+            on_step=show,
+            tell=lambda text: click.echo(text, err=True),
+            should_stop=asked,
+        )
     if group.rank == 0:
         _tell_trained(trained, out)
 

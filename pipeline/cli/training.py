@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +51,7 @@ def train_on_workers(run: Invocation, store: str | Path, out: Path, *, overwrite
     )
     debug = bool(click.get_current_context().obj)
     workers = open_workers(settings, job, part="share", debug=debug)
-    with token_progress("train", None) as advance:
+    with ask_to_stop(job.stop), token_progress("train", None) as advance:
 
         def show(result: "ShareResult") -> None:
             members = result.share.members
@@ -65,23 +67,32 @@ def train_on_workers(run: Invocation, store: str | Path, out: Path, *, overwrite
 
 
 @contextmanager
-def step_progress(
-    total: int | None, *, shown: bool = True
-) -> Iterator[Callable[["StepReport"], None]]:
-    """Yield what shows a step; steps that an earlier process took count as done, not as fast."""
-    done = 0
+def step_progress(*, shown: bool = True) -> Iterator[Callable[["StepReport"], None]]:
+    """Yield what shows a step; steps that an earlier process took count as done, not as fast.
+
+    The total is of the pass in hand, of which each has its own progress. Whole blocks differ in
+    their rows: for end-to-end members it goes by the steps so far, and is exact at the last.
+    """
     if not shown:
         yield lambda report: None  # noqa: ARG005
         return
-    with token_progress("train", total) as advance:
+    with ExitStack() as stack:
+        advance = stack.enter_context(token_progress("train", None))
+        step = done = 0
+        shown_at = time.monotonic()
 
         def show(report: "StepReport") -> None:
-            nonlocal done
-            before = report.tokens - report.tokens // report.step
-            if done < before:
-                advance(before - done, skipped=True)
-            advance(report.tokens // report.step, note=describe_step(report))
-            done = report.tokens
+            nonlocal advance, step, done, shown_at
+            if report.step <= step:  # of another pass
+                stack.close()
+                again = token_progress("train", None, since=shown_at)
+                advance, done = stack.enter_context(again), 0
+            if not done and report.step > 1:
+                done = report.tokens - report.tokens // report.step
+                advance(done, skipped=True)
+            total = report.tokens * report.n_steps // report.step
+            advance(report.tokens - done, note=describe_step(report), total=total)
+            step, done, shown_at = report.step, report.tokens, time.monotonic()
 
         yield show
 
@@ -96,11 +107,11 @@ def describe_step(report: "StepReport") -> str:
 
 
 @contextmanager
-def ask_to_stop() -> Iterator[Callable[[], bool]]:
+def ask_to_stop(pass_on: Callable[[], object] | None = None) -> Iterator[Callable[[], bool]]:
     """Yield what says whether Ctrl-C was pressed, or SIGTERM sent, as schedulers do.
 
-    The answer is said at once, by the first process of several. A second signal of the kind is
-    handled as without this.
+    `pass_on` is called then, for those who cannot see it. The answer is said at once, by the first
+    process of several. A second signal of the kind is handled as without this.
     """
     asked = False
 
@@ -111,6 +122,8 @@ def ask_to_stop() -> Iterator[Callable[[], bool]]:
             with suppress(OSError):
                 os.write(2, _STOPPING)  # the signal may have come while Python was writing there
         asked = True
+        if pass_on:
+            pass_on()
 
     before = {number: signal.getsignal(number) for number in _STOPS}
     for number in _STOPS:
@@ -120,3 +133,15 @@ def ask_to_stop() -> Iterator[Callable[[], bool]]:
     finally:
         for number in _STOPS:
             signal.signal(number, before[number])
+
+
+@contextmanager
+def tell_stopped() -> Iterator[None]:
+    """End the command with 130 and what a training that saved first says of it."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        if not stopped.args:
+            raise
+        click.echo(stopped.args[0], err=True)
+        sys.exit(130)

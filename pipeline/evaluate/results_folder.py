@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
+from pipeline.run_folder import name_beside
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -24,11 +25,11 @@ def replace_results(out: Path) -> Iterator[Path]:
 
     Where anything fails, `out` stays as it was; where a run died between the two renames, earlier
     measurements are put back first. Of a link the target is replaced. Raises PipelineError, before
-    anything is measured, if `out` is neither measurements nor empty nor missing, or cannot be
-    written; afterwards, if it cannot be replaced.
+    anything is measured, if `out` is neither measurements nor empty nor missing, has no name of its
+    own, such as ".", or cannot be written; afterwards, if it cannot be replaced.
     """
     out = out.resolve() if out.is_symlink() else out
-    part, old = (out.with_name(f".{out.name}.{suffix}") for suffix in ("part", "old"))
+    part, old = (name_beside(out, suffix, what="result") for suffix in ("part", "old"))
     try:
         _put_back(old, out)
         _check_results(out)

@@ -39,7 +39,7 @@ def render_card(to: str, saes: Sequence[Facts], *, repo: str | None) -> str:
         hub_dataset=_on_hub(first.dataset),
         steered=any(facts.sae.beta for facts in saes),
         relu=any(facts.sae.architecture == "relu" for facts in saes),
-        tokenized=first.sae.architecture == "tokenized",
+        tokenized=any(facts.sae.architecture == "tokenized" for facts in saes),
         format_number=format_number,
         measured=[row for facts in saes for row in _measure(facts)],
     )

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import TrainError
 from pipeline.export.folding import read_json
+from pipeline.history import read_history
+from pipeline.run_folder import HISTORY_NAME
 from pipeline.runs import Run
 from pipeline.sae import SaeConfig, read_sae_config
 
@@ -28,7 +30,7 @@ class Facts(NamedTuple):
     context_length: int | None
     prepend_bos: bool | None
     exclude_positions: tuple[int, ...]  # of a block, left out in training
-    tokens: int | None  # rows that the run trained on
+    tokens: int | None  # rows that it trained on
     training: dict[str, Any]  # the SAE's own record, without its trainer's paths
     measured: dict[str, Any]  # evaluation's figures, empty where there are none
 
@@ -54,10 +56,18 @@ def read_facts(run: Run, name: str, metrics: Mapping[str, Any] | None) -> Facts:
         context_length=corpus.get("context_length"),
         prepend_bos=corpus.get("prepend_bos"),
         exclude_positions=run.exclude_positions,
-        tokens=run.config.get("tokens"),
+        tokens=_find_tokens(run, name, sae),
         training=publish_settings(sae.training),
         measured=dict((metrics or {}).get("saes", {}).get(name, {})),
     )
+
+
+def _find_tokens(run: Run, name: str, sae: SaeConfig) -> int | None:
+    """The SAE's own record; an earlier run has its history, and without one the run's figure."""
+    history = run.folder / name / HISTORY_NAME
+    if "trained_tokens" in sae.training:
+        return sae.training["trained_tokens"]
+    return read_history(history)[-1]["tokens"] if history.is_file() else run.config.get("tokens")
 
 
 def read_metrics(folder: Path, run: Run) -> dict[str, Any]:
@@ -102,6 +112,7 @@ def describe(facts: Facts) -> dict[str, Any]:
         "k": facts.sae.k,
         "beta": facts.sae.beta,
         "loss_tokens": facts.sae.loss_tokens,
+        "trained_tokens": facts.tokens,
         "selects_with_gradient": False,
         "exclude_positions": list(facts.exclude_positions),
         "weight_processing": facts.model_processing,

@@ -1,5 +1,6 @@
 """The parameters of an SAE as other libraries want them: without an input scale, and as files."""
 
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -67,7 +68,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     if path.suffix == ".pt":  # the format of a library that knows no other; we never read it
-        torch.save(dict(tensors), path)
+        content = io.BytesIO()
+        torch.save(dict(tensors), content)  # to a file, it would not tell why that fails
+        path.write_bytes(content.getbuffer())
     else:
         save_file(dict(tensors), path)
     with path.open("rb") as file:

@@ -7,12 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
+
+from pipeline.checkpoint import is_full
 from pipeline.errors import ConfigError, TrainError
 from pipeline.export.card import render_card
 from pipeline.export.facts import Facts, publish_settings, read_facts
 from pipeline.export.folding import write_packed
 from pipeline.export.formats import FORMATS, check_held
 from pipeline.files import write_json, write_text
+from pipeline.run_folder import name_beside
 from pipeline.runs import Run, read_run
 from pipeline.sae import load_sae, save_sae
 
@@ -56,14 +60,16 @@ def run_export(plan: ExportPlan, out: Path, *, repo: str | None = None) -> None:
     """Write <out>/<SAE>/... for every SAE and the card <out>/README.md.
 
     `repo` is the repository on the hub that the card names. As safetensors the folder is a run
-    again, without its history. Raises TrainError where `out` has files, or an SAE cannot be read.
+    again, without its history. Raises TrainError where `out` has files or cannot be written, as on
+    a full disk, or an SAE cannot be read.
     """
     pack = FORMATS[plan.to].pack
     with _open_export(out) as work:
         for facts in plan.facts:
             sae = load_sae(plan.run.folder / facts.name)
             if pack is None:
-                save_sae(sae, work / facts.name, training=facts.training)
+                trained = facts.training | {"trained_tokens": facts.tokens}
+                save_sae(sae, work / facts.name, training=trained)
             else:
                 write_packed(pack(sae, facts), work / facts.name)
         if pack is None:
@@ -80,16 +86,20 @@ def _open_export(out: Path) -> Iterator[Path]:
             f"export at {out}: expected an empty folder or nothing, got other files. "
             "Choose another --out, or remove it."
         )
-    work = out.with_name(f".{out.name}.part")
+    work = name_beside(out, "part", what="export")
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-    except OSError as error:
-        raise TrainError(f"export at {out}: expected a writable place, got: {error}.") from None
-    try:
         yield work
         if out.exists():
             out.rmdir()
         work.rename(out)
+    except (OSError, SafetensorError) as error:
+        wanted, todo = "a writable place", "Choose"
+        if is_full(error):
+            wanted, todo = "room on the disk", "Make room, or choose"
+        raise TrainError(
+            f"export at {out}: expected {wanted}, got: {error}. {todo} another --out."
+        ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -131,6 +131,10 @@ class SparseAutoencoder(nn.Module):
         recon, latents = self(acts, grads, tokens)
         return TrainingPass(recon, latents, recon.new_zeros(()))
 
+    def set_k(self, k: int) -> None:
+        """Called before each step in training with its k, which annealing lowers."""
+        self.k = k
+
     def after_loss(self) -> None:
         """Called once the loss of a `train_forward`, which changes nothing, is known and finite."""
 

@@ -31,7 +31,7 @@ class BatchTopKSAE(SparseAutoencoder):
     batch is that of all processes together. θ is the running mean over training batches of the
     smallest score above zero that was kept, so that the mean L0 is about k; there is one for
     scores with a gradient and one for z alone, which the same batches give. Before the first batch
-    both are 0.
+    both are 0. Where k is annealed, the mean starts again with each k.
 
     Differs: the paper's θ is a plain mean over batches. `encode` is inference; a batch is selected
     in `train_forward` only.
@@ -48,11 +48,17 @@ class BatchTopKSAE(SparseAutoencoder):
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("steered_threshold", torch.zeros(()))
         self._smallest: tuple[Tensor | None, Tensor | None] = None, None  # until `after_loss`
+        self._k_changed = False
 
     def reset_extra(self) -> None:
         """Both thresholds are 0 again: not yet known."""
         self.threshold.zero_()
         self.steered_threshold.zero_()
+
+    def set_k(self, k: int) -> None:
+        """The thresholds of another k say nothing of this one's."""
+        self._k_changed = k != self.k
+        self.k = k
 
     @torch.no_grad()
     def after_loss(self) -> None:
@@ -61,7 +67,8 @@ class BatchTopKSAE(SparseAutoencoder):
             (self.steered_threshold, self.threshold), self._smallest, strict=True
         ):
             if smallest is not None:
-                threshold.lerp_(smallest, torch.where(threshold > 0, 1 - THRESHOLD_DECAY, 1.0))
+                goes_on = (threshold > 0) & (not self._k_changed)
+                threshold.lerp_(smallest, torch.where(goes_on, 1 - THRESHOLD_DECAY, 1.0))
         self._smallest = None, None
 
     def encode(

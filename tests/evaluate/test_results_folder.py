@@ -134,3 +134,13 @@ def test_a_place_that_cannot_be_written_is_refused_first() -> None:
         replace_results(Path("/proc/results")),
     ):
         pytest.fail("something was to be measured")
+
+
+def test_a_place_without_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(PipelineError, match=r"result folder at \.: expected a folder's name"),
+        replace_results(Path()),
+    ):
+        pytest.fail("measured")
+    assert list(tmp_path.iterdir()) == []

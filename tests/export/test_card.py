@@ -33,9 +33,9 @@ def test_the_card_has_every_fact(run, metrics, to):
     card = render(run, to, metrics=metrics)
     for fact in (
         f"at {HOOK} of openai-community/gpt2",
-        "| [`gsae`](gsae) | topk | 8 | 24 | 3 | 1e5 | 255 |",
+        "| [`gsae`](gsae) | topk | 8 | 24 | 3 | 1e5 | 255 | 2,088,960 |",
         "Text: texts (local), in blocks of 128 tokens, each begun by a beginning-of-text token.",
-        "Trained on 2,088,960 tokens, without position 0 of each block.",
+        "Trained without position 0 of each block.",
         "| gsae | with ∇ | 0.1250 | 7.00% | 98.00% | 3.0 | 1.0% |",
         "| gsae | without ∇ | 0.2500 | 7.00% | 98.00% | 3.0 | 1.0% |",
         "## Licence",
@@ -88,10 +88,15 @@ def test_a_repository_is_named(run):
     assert "owner/name" not in render(run, "saelens")
 
 
-def test_code_of_our_own_format_runs(run, monkeypatch):
+@pytest.mark.parametrize("architectures", [("topk",), ("tokenized",), ("topk", "tokenized")])
+def test_code_of_our_own_format_runs_for_every_sae(tmp_path, monkeypatch, architectures):
     """That of the other libraries runs with them, in test_peers.py."""
-    (code,) = (part.split("```")[0] for part in render(run, "safetensors").split("```python\n")[1:])
+    run = write_run(tmp_path / "run", architectures)
+    card = render(run, "safetensors")
+    (code,) = (part.split("```")[0] for part in card.split("```python\n")[1:])
+    assert ("a tokenized SAE needs them" in code) == ("tokenized" in architectures)
     monkeypatch.chdir(run)
-    scope: dict = {}
-    exec(code, scope)
-    assert scope["recon"].shape == (8, 8)
+    for name in architectures:
+        scope: dict = {}
+        exec(code.replace(f'Path("{architectures[0]}")', f'Path("{name}")'), scope)
+        assert scope["recon"].shape == (8, 8)

@@ -1,6 +1,7 @@
 """What is exported, what is refused before anything is written, and what the folder holds."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from pipeline.cli.export import FORMATS as CLI_FORMATS
 from pipeline.errors import ConfigError, TrainError
 from pipeline.export import FORMATS, load_saelens, plan_export, read_metrics, run_export
+from pipeline.history import read_history
 from pipeline.runs import read_run
 from pipeline.sae import ARCHITECTURES, load_sae
 from tests.export.examples import BETA, write_metrics, write_run
@@ -78,6 +80,55 @@ def test_no_path_of_the_trainers_machine_is_published(run, tmp_path, to):
     run_export(plan_export(run, ["gsae"], to=to), tmp_path / "export")
     for path in (tmp_path / "export").rglob("*"):
         assert not path.is_file() or b"/home/someone" not in path.read_bytes(), path
+
+
+@pytest.fixture(scope="module")
+def in_two_courses(cached, tmp_path_factory):
+    """A run with an SAE that was trained on whole blocks, hence on another number of tokens."""
+    out = tmp_path_factory.mktemp("courses") / "run"
+    grid = ("--beta", "0", "--architecture", "topk", "--architecture", "end_to_end")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cached)
+        assert run_cli("train", *grid, "--steps", "3", "--out", out) == 0
+    return out
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_every_sae_has_its_own_number_of_tokens(in_two_courses, tmp_path, earlier):
+    run = shutil.copytree(in_two_courses, tmp_path / "run")
+    histories = {name: run / name / "history.parquet" for name in read_run(run).members}
+    trained = {name: read_history(path)[-1]["tokens"] for name, path in histories.items()}
+    assert len(set(trained.values())) == 2
+    for name, history in histories.items():
+        if earlier:  # it did not record them
+            config = json.loads((run / name / "config.json").read_text())
+            del config["training"]["trained_tokens"]
+            (run / name / "config.json").write_text(json.dumps(config))
+        else:
+            history.unlink()
+    again = tmp_path / "again"
+    run_export(plan_export(run, to="safetensors"), again)
+    for folder in (run, again):
+        plan = plan_export(folder, to="saelens")
+        assert {facts.name: facts.tokens for facts in plan.facts} == trained
+    run_export(plan, tmp_path / "saelens")
+    card = (tmp_path / "saelens" / "README.md").read_text()
+    for name, tokens in trained.items():
+        (row,) = (line for line in card.splitlines() if line.startswith(f"| [`{name}`]"))
+        assert row.endswith(f" | {tokens:,} |")
+        metadata = json.loads((tmp_path / "saelens" / name / "cfg.json").read_text())["metadata"]
+        assert metadata["trained_tokens"] == tokens
+
+
+def test_a_place_without_a_name_is_refused(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_cli("export", run, "--to", "safetensors", "--out", ".") == 1
+    (*_, last) = capsys.readouterr().err.splitlines()
+    assert last == (
+        "Error: export folder at .: expected a folder's name, got none. "
+        "Pass one such as --out exports/demo."
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_that_are_there_are_not_touched(run, tmp_path):

@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pipeline.member import finish_member, plan_members, start_member, step_member
 from pipeline.sae.base import TrainingPass
 from pipeline.sae.batch_topk import _SAMPLE_STRIDE, THRESHOLD_DECAY, BatchTopKSAE
 from pipeline.sae.group import Group
 from pipeline.sae.selection import ROW_BLOCK, Latents
+from pipeline.schedules import find_k
+from tests.test_member import make_config
 
 BETA_PER_TOKEN = 1.5
 
@@ -276,3 +279,54 @@ def test_several_processes_select_as_one(sizes: tuple[int, ...], growth: float) 
         sae.after_loss()
         assert sae.threshold == whole.threshold > 0
         assert sae.steered_threshold == whole.steered_threshold
+
+
+def test_thresholds_begin_anew_with_each_k() -> None:
+    sae, (acts, grads) = make_sae(k=5), draw()
+    for _ in range(3):
+        sae.set_k(5)
+        sae.train_forward(acts, grads)
+        sae.after_loss()
+    wide = sae.threshold.clone(), sae.steered_threshold.clone()
+    sae.set_k(2)
+    sae.train_forward(acts, grads)
+    sae.after_loss()
+    fresh = make_sae(k=2)
+    fresh.train_forward(acts, grads)
+    fresh.after_loss()
+    for found, wanted, before in zip(
+        (sae.threshold, sae.steered_threshold),
+        (fresh.threshold, fresh.steered_threshold),
+        wide,
+        strict=True,
+    ):
+        assert found == wanted > before
+    sae.set_k(2)
+    sae.train_forward(acts / 2, grads)
+    sae.after_loss()
+    assert fresh.threshold * 0.98 < sae.threshold < fresh.threshold  # a running mean again
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_after_annealing_inference_keeps_k_per_row(fraction: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.rand(2000, 64, generator=generator)
+    acts = codes.where(codes > 0.9, 0.0) @ torch.randn(64, 32, generator=generator)
+    grads = torch.randn(acts.shape, generator=generator) / 100
+    config = make_config(
+        architectures=("batch_topk",),
+        betas=(10.0,),
+        ks=(4,),
+        d_saes=(64,),
+        k_start=32,
+        k_anneal_fraction=fraction,
+    )
+    (spec,) = plan_members(config)
+    member = start_member(spec, config, acts, k=32)
+    for step in range(100):
+        k = find_k(config, step, 100, k=4)
+        step_member(member, acts, grads, config=config, lr=1e-3, k=k, full=False)
+    sae = finish_member(member)
+    for seen in (None, grads):
+        l0 = (sae.encode(acts, seen).values > 0).sum(dim=1).double().mean().item()
+        assert l0 == pytest.approx(4, rel=0.1)
