@@ -25,10 +25,12 @@ from ruamel.yaml.events import AliasEvent
 
 from pipeline.errors import ConfigError
 
-Count = Annotated[int, Field(gt=0)]
-Index = Annotated[int, Field(ge=0)]
-Rate = Annotated[FiniteFloat, Field(gt=0)]
-Weight = Annotated[FiniteFloat, Field(ge=0)]
+# What torch has numbers for: int64, and float32 with room for products.
+_MOST, _LARGEST = 2**63 - 1, 1e30
+Count = Annotated[int, Field(gt=0, le=_MOST)]
+Index = Annotated[int, Field(ge=0, le=_MOST)]
+Rate = Annotated[FiniteFloat, Field(gt=0, le=_LARGEST)]
+Weight = Annotated[FiniteFloat, Field(ge=0, le=_LARGEST)]
 Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
 OpenFraction = Annotated[FiniteFloat, Field(gt=0, lt=1)]
 NumberFormat = Literal["float32", "float16", "bfloat16", "int8"]
@@ -159,6 +161,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"k_start: expected {largest} (the largest of ks) to d_sae = {smallest}, "
                 f"got {self.k_start}"
+            )
+        if (self.k_start is None) != (self.k_anneal_fraction == 0):
+            raise ValueError(
+                f"k_start: expected a k where k_anneal_fraction is above 0, else null, "
+                f"got {self.k_start} and {self.k_anneal_fraction:g}"
             )
         if "switch" not in self.architectures:
             return

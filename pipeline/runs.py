@@ -49,8 +49,8 @@ def read_run(folder: Path) -> Run:
     except FileNotFoundError:
         others = ", ".join(sorted(str(path) for path in folder.parent.glob("[!.]*"))) or "none"
         raise TrainError(
-            f"run at {folder}: expected trained SAEs, got none. Run `pipeline train`, or name one "
-            f"with --run (here: {others})."
+            f"run at {folder}: expected trained SAEs, got none. Run `pipeline train`, or name "
+            f"another (here: {others})."
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainError(

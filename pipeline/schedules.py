@@ -18,10 +18,20 @@ def plan_steps(config: TrainConfig, n_rows: int) -> int:
         name, wanted = "steps", config.steps * config.batch_size
     else:
         name, wanted = "tokens", available if config.tokens is None else config.tokens
-    if min(wanted, available) < config.batch_size:
+    if n_rows == 0:
         raise TrainError(
-            f"train.batch_size: expected at most the {min(wanted, available)} rows to train on, "
+            "train.exclude_positions: expected to leave rows to train on, got none. Leave out "
+            "fewer positions or cache more."
+        )
+    if available < config.batch_size:
+        raise TrainError(
+            f"train.batch_size: expected at most the {available} rows to train on, "
             f"got {config.batch_size}. Lower --batch-size or cache more."
+        )
+    if wanted < config.batch_size:
+        raise TrainError(
+            f"train.tokens: expected at least one batch of {config.batch_size} rows, got {wanted}. "
+            "Raise --tokens or lower --batch-size."
         )
     if wanted > available:
         asked, most = wanted, available

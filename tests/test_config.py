@@ -76,6 +76,11 @@ def test_profiles_list_every_key_in_the_same_order():
         ("train.aux_k", 0, "train.aux_k: Input should be greater than 0"),
         ("train.k_start", 31, "train.k_start: expected 32 (the largest of ks) to d_sae = 2048"),
         ("train.k_start", 2049, "train.k_start: expected 32 (the largest of ks) to d_sae = 2048"),
+        ("train.k_start", 40, "train.k_start: expected a k where k_anneal_fraction is above 0"),
+        ("train.k_anneal_fraction", 0.5, "train.k_start: expected a k where k_anneal_fraction is"),
+        ("train.betas", [1e300], "train.betas.0: Input should be less than or equal to 1000000000"),
+        ("train.seeds", [2**63], "train.seeds.0: Input should be less than or equal to 92233720"),
+        ("train.loss_tokens", 10**400, "train.loss_tokens: Input should be less than or equal to"),
         ("train.k_anneal_fraction", 1.1, "train.k_anneal_fraction: Input should be less than or"),
         ("train.b_dec_start", "median", "train.b_dec_start: Input should be 'mean', 'geometric"),
         ("train.input_scaling", True, "train.input_scaling: Input should be 'none' or 'mean_norm'"),
@@ -115,6 +120,7 @@ def test_tokens_and_steps_exclude_each_other():
 
 def test_k_starts_within_an_expert_of_a_switch_sae():
     settings = {"train.n_experts": 4, "train.d_saes": [2048, 4096], "train.architectures": ["topk"]}
+    settings["train.k_anneal_fraction"] = 0.5
     assert load_config(DEMO, settings | {"train.k_start": 513}).train.k_start == 513
     settings["train.architectures"] = ["topk", "switch"]
     assert load_config(DEMO, settings | {"train.k_start": 512}).train.k_start == 512

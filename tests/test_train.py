@@ -377,9 +377,9 @@ def test_a_tokenized_sae_without_a_vocabulary_is_one_line(tmp_path: Path) -> Non
 
 def test_a_steered_sae_starts_at_k_start(tmp_path: Path) -> None:
     l0 = []
-    for k_start in (None, 3):
+    for k_start, fraction in ((None, 0.0), (3, 1.0)):
         config = make_config(
-            architectures=("relu",), ks=(1,), k_start=k_start, k_anneal_fraction=1.0
+            architectures=("relu",), ks=(1,), k_start=k_start, k_anneal_fraction=fraction
         )
         out = tmp_path / str(k_start)
         train(config, opens(2), d_model=8, n_steps=2, out=out)

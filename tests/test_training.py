@@ -232,6 +232,22 @@ def test_a_stop_after_the_first_course_says_how_not_to_begin_again(
     assert find_inodes(project)["k4-beta0"] == halfway["k4-beta0"]
 
 
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--d-sae", "1000000000000"), "Error: memory: expected enough for the settings, got: "),
+        (("--device", "meta"), "run.device: expected auto, cpu, or a cuda device that is here"),
+    ],
+)
+def test_what_no_machine_has_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, str], words: str
+) -> None:
+    assert run_cli(*TRAIN, *arguments) != 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert words in last
+
+
 def test_end_to_end_and_tokenized_members_train_beside_the_others(project: Path) -> None:
     kinds = ("topk", "tokenized", "end_to_end")
     grid = [part for kind in kinds for part in ("--architecture", kind)]

@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError, PipelineError
 from store.errors import StoreError
 
 _INTERRUPTED = "Interrupted. Run the same command again."
+_OUT_OF_MEMORY = "can't allocate memory", "out of memory"  # of torch on a CPU and on CUDA
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -74,6 +75,16 @@ def main(args: list[str] | None = None) -> None:
             raise
         _print_error(_one_line(error), as_json=as_json)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except RuntimeError as error:
+        if debug or not any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise
+        reason = _one_line(error).splitlines()[0]
+        _print_error(
+            f"memory: expected enough for the settings, got: {reason:.200}. Lower --d-sae, "
+            "--batch-size or --set cache.batch_blocks=N.",
+            as_json=as_json,
+        )
+        sys.exit(1)
 
 
 @contextmanager

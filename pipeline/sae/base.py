@@ -1,5 +1,6 @@
 """What every architecture has: an encoder, a decoder, an input scale, and one way to be trained."""
 
+import math
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class SparseAutoencoder(nn.Module):
     selection, of selecting architectures only.
 
     The parameters are zero until `init_weights` or `load_sae` fills them. Raises ConfigError if k >
-    d_sae, or for a beta where nothing is selected.
+    d_sae, for a beta where nothing is selected, and for a beta or loss_tokens that weighs nothing.
     """
 
     architecture: ClassVar[str]  # its name in configurations and files
@@ -60,6 +61,11 @@ class SparseAutoencoder(nn.Module):
         if not 0 < k <= d_sae:
             name = type(self).__name__
             raise ConfigError(f"k at {name}: expected 1 to d_sae = {d_sae}, got {k}.")
+        if not 0 <= beta < math.inf or loss_tokens < 1:
+            raise ConfigError(
+                f"beta and loss_tokens at {type(self).__name__}: expected a finite weight from 0 "
+                f"on and at least 1, got {beta:g} and {loss_tokens}."
+            )
         if beta and not self.selects:
             raise ConfigError(
                 f"beta at {type(self).__name__}: expected 0, for it selects nothing, got {beta:g}."

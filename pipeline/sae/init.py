@@ -1,13 +1,13 @@
 """Where training starts."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.errors import TrainError
+from pipeline.errors import ConfigError, TrainError
 from pipeline.sae.base import SparseAutoencoder
 
 BiasStart = Literal["mean", "geometric_median", "zero"]
@@ -30,8 +30,14 @@ def init_weights(
 
     Differs: smol-sae starts b_dec at zero.
 
-    Raises TrainError with scale_input if all rows are zero: no scale gives them a norm.
+    Raises ConfigError for an unknown b_dec; TrainError for rows that are not finite, and with
+    scale_input if all are zero: no scale gives them a norm.
     """
+    if b_dec not in get_args(BiasStart):
+        names = ", ".join(get_args(BiasStart))
+        raise ConfigError(f"b_dec at init_weights: expected one of {names}, got {b_dec}.")
+    if not acts.isfinite().all():
+        raise TrainError("acts of the first batch: expected finite rows, got NaN or Inf in them.")
     scale = math.sqrt(sae.d_model) / acts.norm(dim=1).mean() if scale_input else torch.ones(())
     if not scale.isfinite():
         raise TrainError(

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pipeline.errors import TrainError
+from pipeline.errors import ConfigError, TrainError
 from pipeline.sae.base import SparseAutoencoder, TrainingPass
 from pipeline.sae.group import Group
 from pipeline.sae.losses import auxk_loss, reconstruction_loss
@@ -91,8 +91,13 @@ def take_step(
     too, at the price of a second selection.
 
     Raises LossNotFinite, before anything of the SAE or the learner changes, where the loss is NaN
-    or infinite.
+    or infinite; ConfigError for another decoder_norm or a rate that is negative or not finite.
     """
+    if decoder_norm not in ("unit", "free") or not 0 <= lr < math.inf:
+        raise ConfigError(
+            "decoder_norm and lr at take_step: expected unit or free and a finite rate from 0 on, "
+            f"got {decoder_norm} and {lr}."
+        )
     sae, optimizer, idle_tokens, averages = learner
     passed = sae.train_forward(acts, grads, tokens)
     if objective is None:

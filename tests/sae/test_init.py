@@ -81,3 +81,10 @@ def test_a_first_batch_of_zeros_has_no_scale() -> None:
         init_weights(sae, torch.zeros(40, 6), seed=0, scale_input=True)
     init_weights(sae, torch.zeros(40, 6), seed=0, scale_input=False)
     assert all(tensor.isfinite().all() for tensor in sae.state_dict().values())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_first_batch_that_is_not_finite_is_refused(bad: float) -> None:
+    acts = torch.ones(40, 6).index_fill(0, torch.tensor([3]), bad)
+    with pytest.raises(TrainError, match="expected finite rows"):
+        init_weights(TopKSAE(d_model=6, d_sae=20, k=4), acts, seed=0, scale_input=False)

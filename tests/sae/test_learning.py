@@ -1,11 +1,15 @@
 """The optimizer step beside plain Adam on the same gradients, and moments that come from a file."""
 
 import copy
+import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline.errors import ConfigError
 from pipeline.member import plan_members, start_member, step_member
 from pipeline.member_state import collect_state
 from pipeline.sae import ARCHITECTURES, TopKSAE, init_weights, start_learning, take_step
@@ -111,3 +115,35 @@ def test_a_batch_without_rows_has_no_finite_loss():
     member = start_member(spec, config, acts)
     with pytest.raises(LossNotFinite):
         step_member(member, acts[:0], grads[:0], config=config, lr=0.01, full=False)
+
+
+@pytest.mark.parametrize("lr", [math.nan, math.inf, -1.0])
+def test_a_rate_of_no_sense_is_refused_and_changes_nothing(lr: float) -> None:
+    acts = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    sae = TopKSAE(d_model=6, d_sae=20, k=4)
+    init_weights(sae, acts, seed=0, scale_input=True)
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    with pytest.raises(ConfigError, match="at take_step: expected unit or free and a finite rate"):
+        take_step(start_learning(sae), acts, lr=lr)
+    assert all(torch.equal(before[name], tensor) for name, tensor in sae.state_dict().items())
+
+
+def test_names_of_no_sense_are_refused_where_no_types_are_checked() -> None:
+    """As in a user's process; in this one beartype is first."""
+    script = """
+import torch
+from pipeline.sae import TopKSAE, init_weights, start_learning, take_step
+acts, sae = torch.ones(5, 6), TopKSAE(d_model=6, d_sae=20, k=4)
+for call in (
+    lambda: init_weights(sae, acts, seed=0, scale_input=True, b_dec="median"),
+    lambda: take_step(start_learning(sae), acts, lr=0.1, decoder_norm="units"),
+):
+    try:
+        call()
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    first, second = found.stdout.splitlines()
+    assert first.startswith("ConfigError b_dec at init_weights: expected one of mean, geometric_")
+    assert second.startswith("ConfigError decoder_norm and lr at take_step: expected unit or free")

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -104,3 +105,11 @@ def test_init_weights_is_decided_by_its_seed() -> None:
 def test_k_out_of_range_is_refused(k: int) -> None:
     with pytest.raises(ConfigError, match=f"1 to d_sae = 20, got {k}"):
         TopKSAE(d_model=6, d_sae=20, k=k)
+
+
+@pytest.mark.parametrize(
+    "weights", [{"beta": -1.0}, {"beta": math.nan}, {"beta": math.inf}, {"loss_tokens": 0}]
+)
+def test_weights_that_weigh_nothing_are_refused(weights: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="beta and loss_tokens at TopKSAE: expected a finite"):
+        TopKSAE(d_model=6, d_sae=20, k=4, **weights)
