@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from pipeline.checkpoint import is_full, list_members
 from pipeline.config import TrainConfig
 from pipeline.errors import TrainError
-from pipeline.files import write_json
+from pipeline.files import name_beside, write_json
 from pipeline.history import Row, read_history, write_history
 from pipeline.member import Member, find_loss, finish_member, plan_members
 from pipeline.runs import read_run
@@ -210,16 +210,6 @@ def lock_run(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def name_beside(out: Path, suffix: str, *, what: str = "run") -> Path:
-    """A sibling of `out`; raises TrainError where `out` has no name of its own, such as "."."""
-    if out.name in ("", ".."):
-        raise TrainError(
-            f"{what} folder at {out}: expected a folder's name, got none. Pass one such as --out "
-            f"{what}s/demo."
-        )
-    return out.with_name(f".{out.name}.{suffix}")
 
 
 def _save_weights(member: Member, folder: Path, *, training: Mapping[str, Any]) -> None:

@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import PipelineError
-from pipeline.files import write_json
-from pipeline.run_folder import name_beside
+from pipeline.files import name_beside, write_json
 
 Rows = Sequence[Mapping[str, Any]]
 

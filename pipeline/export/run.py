@@ -15,8 +15,7 @@ from pipeline.export.card import render_card
 from pipeline.export.facts import Facts, publish_settings, read_facts
 from pipeline.export.folding import write_packed
 from pipeline.export.formats import FORMATS, check_held
-from pipeline.files import write_json, write_text
-from pipeline.run_folder import name_beside
+from pipeline.files import name_beside, write_json, write_text
 from pipeline.runs import Run, read_run
 from pipeline.sae import load_sae, save_sae
 
